@@ -1,0 +1,155 @@
+"""Attention over slots that carry positions.
+
+A slot is visible to a query when it is live (position >= 0) and not younger than the query:
+
+    visible[i, s] = 0 <= key_position[s] <= query_position[i]
+    logit[i, s]   = softcap(scaling * q_i . k_s)                     softcap(x) = c * tanh(x / c), if the model has one
+    p[i, s]       = exp(logit[i, s] - LSE_i)                         LSE_i includes the learned sink logit, if any
+    out_i         = sum_s p[i, s] v_s                                column_sum_s = sum_i p[i, s]
+
+Everything works on blocks of queries, so no matrix of queries x slots is ever held whole.
+
+Letters: B batch, H key-value heads, Hq = H * G query heads, T queries, S slots, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_ELEMENTS = 2**24
+"""Most logits held at a time (64 MiB in float32)."""
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_position: Tensor,
+    key_position: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention output [B, Hq, T, D] in the query's dtype.
+
+    query [B, Hq, T, D]; keys, values [B, H, S, D]; query_position [B, T]; key_position [B, H or 1, S], -1 = dead;
+    sinks [Hq] learned sink logits. A query that sees no slot gets zeros.
+    """
+    out = torch.empty_like(query)
+    for block in _blocks(query, keys):
+        if softcap is None and sinks is None:
+            out[:, :, block] = _sdpa(query[:, :, block], keys, values, query_position[:, block], key_position, scaling)
+        else:
+            weights = _weights(
+                query[:, :, block], keys, query_position[:, block], key_position, scaling, softcap, sinks
+            )
+            mixed = weights.to(values.dtype) @ values  # [B, H, G*T, D]
+            out[:, :, block] = mixed.view_as(out[:, :, block])
+    return out
+
+
+def attend_causal(query: Tensor, keys: Tensor, values: Tensor, *, scaling: float) -> Tensor:
+    """Plain causal attention of a sequence on itself, all tokens real: the fused kernel without a mask."""
+    grouped = query.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
+
+
+def probabilities(
+    query: Tensor,
+    keys: Tensor,
+    query_position: Tensor,
+    key_position: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The attention rows themselves, [B, Hq, T, S] float32: for a handful of queries (an observation window)."""
+    weights = _weights(query, keys, query_position, key_position, scaling, softcap, sinks)
+    return weights.view(*query.shape[:3], keys.shape[2])
+
+
+def column_sums(
+    query: Tensor,
+    keys: Tensor,
+    query_position: Tensor,
+    key_position: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    query_valid: Tensor | None = None,
+) -> Tensor:
+    """Attention each slot receives, summed over queries and over the query heads of its group: [B, H, S] float32.
+
+    query_valid [B, T] bool leaves out pads. Memory is O(S * block), never O(T * S).
+    """
+    batch, heads, slots, _ = keys.shape
+    total = torch.zeros((batch, heads, slots), dtype=torch.float32, device=keys.device)
+    for block in _blocks(query, keys):
+        part = query[:, :, block]
+        weights = _weights(part, keys, query_position[:, block], key_position, scaling, softcap, sinks)
+        if query_valid is not None:
+            weights = weights.view(*part.shape[:3], slots) * query_valid[:, None, block, None]
+            weights = weights.view(batch, heads, -1, slots)
+        total += weights.sum(2)
+    return total
+
+
+def _blocks(query: Tensor, keys: Tensor) -> Iterator[slice]:
+    """Slices of the queries whose logits fit into BLOCK_ELEMENTS."""
+    tokens = query.shape[2]
+    size = max(1, BLOCK_ELEMENTS // max(1, query.shape[0] * query.shape[1] * keys.shape[2]))
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+
+def _group(query: Tensor, heads: int) -> Tensor:
+    """[B, Hq, T, D] -> [B, H, G*T, D]: the query heads of a group become rows of one matrix, keys are not repeated."""
+    batch, query_heads, tokens, dim = query.shape
+    return query.reshape(batch, heads, query_heads // heads * tokens, dim)
+
+
+def _visible(query_position: Tensor, key_position: Tensor, repeats: int) -> Tensor:
+    """[B, H or 1, repeats*T, S] bool."""
+    allowed = (key_position[:, :, None] >= 0) & (key_position[:, :, None] <= query_position[:, None, :, None])
+    return allowed.repeat(1, 1, repeats, 1) if repeats > 1 else allowed
+
+
+def _sdpa(query: Tensor, keys: Tensor, values: Tensor, query_position: Tensor, key_position: Tensor, scaling: float) -> Tensor:
+    heads = keys.shape[1]
+    grouped = _group(query, heads)
+    mask = _visible(query_position, key_position, query.shape[1] // heads)
+    blind = ~mask.any(-1, keepdim=True)
+    # A row without any visible slot would be 0/0: let it see everything, then zero it.
+    mask = (mask | blind).expand(-1, heads, -1, -1)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+    return out.masked_fill(blind, 0).view_as(query)
+
+
+def _weights(
+    query: Tensor,
+    keys: Tensor,
+    query_position: Tensor,
+    key_position: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """[B, H, G*T, S] float32."""
+    heads, tokens = keys.shape[1], query.shape[2]
+    repeats = query.shape[1] // heads
+    logits = _group(query, heads).float() @ keys.float().transpose(-1, -2) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~_visible(query_position, key_position, repeats), -torch.inf)
+    lse = logits.logsumexp(-1, keepdim=True)
+    if sinks is not None:
+        sink = sinks.float().view(1, heads, repeats, 1).expand(-1, -1, -1, tokens).reshape(1, heads, -1, 1)
+        lse = torch.logaddexp(lse, sink)
+    # lse = -inf where nothing is visible: exp(-inf - -inf) would be nan.
+    return torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0))

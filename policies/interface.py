@@ -1,0 +1,378 @@
+"""The policy interface: a policy is one pure call, `KV -> KV`; a stack is a fold of policies and itself a policy.
+
+Policies see tensors only, never models, modules or caches, so they can be tested with `torch.randn` and used from any
+codebase. What a policy must see it declares (`needs`); whoever hosts it supplies that and owns all mutation.
+
+Letters in shapes: B batch, H key-value heads, Hq query heads (G = Hq / H per key-value head; query head h reads
+key-value head h // G), T new tokens, S slots, K kept slots, D head dim.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import reduce
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvbench.kernels.attention import probabilities
+from kvbench.policies.store import Codec, Counts, Held, append_columns, owned, take_columns
+
+
+class BudgetError(ValueError):
+    """A byte budget that no number of tokens can meet."""
+
+
+@dataclass(frozen=True)
+class KV:
+    """Everything one layer remembers: keys, values, and columns, facts that ride with their slots.
+
+    columns: name -> [B, H or 1, S]. "position" (int32, -1 = dead column) is left out as long as slot s holds token s,
+    so an untouched cache pays nothing for it; read it through `position`. "attention" (float32) is the accumulated
+    attention each slot received.
+    """
+
+    keys: Held
+    values: Held
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor) -> KV:
+        """keys, values [B, H, S, D]; slot s holds token s."""
+        return cls(Held.dense_from(keys), Held.dense_from(values))
+
+    @property
+    def counts(self) -> Counts:
+        return self.keys.counts
+
+    @property
+    def position(self) -> Tensor:
+        """Original position of each slot's token in its own row, pads not counted: [B, H or 1, S] int32, -1 = dead."""
+        if "position" in self.columns:
+            return self.columns["position"]
+        column = torch.arange(self.counts.width, dtype=torch.int32, device=self.keys.tail.device)
+        counts = self.counts.per_head[:, :1]  # nothing evicted: all heads hold the same tokens
+        return torch.where(column < counts[..., None], column, -1)
+
+    def column(self, name: str) -> Tensor:
+        if name not in self.columns:
+            raise KeyError(f"this policy needs the column {name!r}, which its host did not supply; got {sorted(self.columns)}")
+        return self.columns[name]
+
+    def append(self, keys: Tensor, values: Tensor, valid: Tensor | None = None, seen: Tensor | None = None) -> KV:
+        """New tokens, keys and values [B, H, T, D]; valid [B, T] marks real ones; seen [B] real tokens seen before."""
+        columns = dict(self.columns)
+        batch, _, tokens, _ = keys.shape
+        rank = torch.arange(tokens, device=keys.device).expand(batch, -1) if valid is None else valid.cumsum(1) - 1
+        for name, old in columns.items():
+            if name == "position":
+                assert seen is not None, "a cache that has evicted must be told how many tokens it has seen"
+                new = (seen[:, None] + rank)[:, None].to(old.dtype)
+            else:
+                new = old.new_zeros((batch, 1, tokens))
+            counts = self.counts if old.shape[1] > 1 else Counts(self.counts.per_head[:, :1], self.counts.even)
+            padded, grown = append_columns(old, counts, new.expand(-1, old.shape[1], -1), valid, spare=False)
+            if name == "position" and grown.even is None:
+                padded = torch.where(grown.live(), padded, -1)
+            columns[name] = padded
+        return KV(self.keys.append(keys, valid), self.values.append(values, valid), columns)
+
+    def gather(self, indices: Tensor, counts: Counts | None = None) -> KV:
+        """Keeps the slots `indices` [B, H or 1, K], ascending, -1 padded at the end: the only way to drop slots."""
+        batch, heads, width, _ = self.keys.shape
+        if indices.dim() != 3 or indices.shape[0] != batch or indices.shape[1] not in (1, heads):
+            raise ValueError(f"indices must be [batch={batch}, kv_heads={heads} or 1, kept], got {list(indices.shape)}")
+        if counts is None:
+            if indices.numel() and int(indices.max()) >= width:
+                raise ValueError(f"indices go up to {int(indices.max())}, but there are only {width} slots")
+            counts = Counts.of((indices >= 0).sum(-1).expand(batch, heads).contiguous())
+        columns = {}
+        for name, column in {**self.columns, "position": self.position}.items():
+            if column.shape[1] == 1 or indices.shape[1] == 1:
+                shared = max(column.shape[1], indices.shape[1])
+                kept = take_columns(column.expand(-1, shared, -1), indices.expand(-1, shared, -1))
+            else:
+                kept = take_columns(column, indices)
+            columns[name] = torch.where(indices >= 0, kept, -1) if name == "position" else kept
+        return KV(self.keys.gather(indices, counts), self.values.gather(indices, counts), columns)
+
+    def select(self, batch: Tensor) -> KV:
+        """Rows of the batch, in the given order, with repetition (beam search)."""
+        columns = {name: column[batch] for name, column in self.columns.items()}
+        return KV(self.keys.select(batch), self.values.select(batch), columns)
+
+    def decode(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as attention reads them: two tensors [B, H, S, D]."""
+        return self.keys.dense(), self.values.dense()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor kept alive, named: what the byte ledger adds up."""
+        for side, held in (("keys", self.keys), ("values", self.values)):
+            for name, tensor in held.tensors():
+                yield f"{side}.{name}", tensor
+        yield from self.columns.items()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every storage held: codes, scales, zero points, windows, positions, scores, spare capacity."""
+        return sum(t.untyped_storage().nbytes() for _, t in self.tensors())
+
+
+@dataclass(frozen=True)
+class Step:
+    """What just happened to one layer; read-only.
+
+    prompt: [B] int64 real tokens seen up to the end of the last multi-token forward: what a budget share refers to.
+    seen: [B] int64 real tokens seen. decoding: this forward brought one token after a prompt.
+    queries: [B, Hq, w, D] the last w queries after RoPE (None unless `needs["queries"]`), of which `query_valid`
+    [B, w] are real. scaling, softcap, sinks [Hq]: the layer's attention, so that scores use the model's own.
+    stack: the stack being applied; at: the index of the policy in it.
+    """
+
+    layer: int
+    prompt: Tensor
+    seen: Tensor
+    decoding: bool = False
+    queries: Tensor | None = None
+    query_valid: Tensor | None = None
+    scaling: float = 1.0
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    stack: tuple[Policy, ...] = ()
+    at: int = 0
+
+    def attention(self, kv: KV) -> Tensor:
+        """Attention of the last w queries over all slots: [B, Hq, w, S] float32, zero for queries that are pads."""
+        if self.queries is None:
+            raise ValueError('this policy needs the last queries, which its host did not supply (needs["queries"])')
+        width = self.queries.shape[2]
+        query_position = self.seen[:, None] - width + torch.arange(width, device=self.seen.device)
+        weights = probabilities(
+            self.queries, kv.keys.dense(), query_position, kv.position,
+            scaling=self.scaling, softcap=self.softcap, sinks=self.sinks,
+        )  # fmt: skip
+        return weights if self.query_valid is None else weights * self.query_valid[:, None, :, None]
+
+
+class Policy(ABC):
+    """One pure call `KV -> KV`. Subclasses are frozen dataclasses: compared, hashed, printed and swept."""
+
+    @property
+    def needs(self) -> Mapping[str, int]:
+        """What the host must supply: {"attention": 1} accumulated column sums, {"queries": w} the last w queries."""
+        return {}
+
+    @property
+    def in_cache_positions(self) -> bool:
+        """Whether attention sees slots at consecutive positions (StreamingLLM) instead of their original ones."""
+        return False
+
+    def check(self, head_dim: int) -> None:  # noqa: B027 (most policies accept any head)
+        """Raises ValueError if heads of this size cannot be handled."""
+
+    @abstractmethod
+    def __call__(self, kv: KV, step: Step) -> KV: ...
+
+    def __or__(self, other: Policy) -> Stack:
+        return Stack((*_members(self), *_members(other)))
+
+    def __str__(self) -> str:
+        """The call that makes this policy, fields at their default left out."""
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)  # type: ignore[arg-type]
+            if f.default is MISSING or getattr(self, f.name) != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _members(policy: Policy) -> tuple[Policy, ...]:
+    if not isinstance(policy, Policy):
+        raise TypeError(f"only policies stack with |, got {policy!r}")
+    return getattr(policy, "policies", (policy,))
+
+
+@dataclass(frozen=True)
+class Stack(Policy):
+    """Policies applied one after the other. `Stack(())` does nothing."""
+
+    policies: tuple[Policy, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "policies", tuple(m for p in self.policies for m in _members(p)))
+
+    @property
+    def needs(self) -> Mapping[str, int]:
+        needs: dict[str, int] = {}
+        for policy in self.policies:
+            for name, amount in policy.needs.items():
+                needs[name] = max(amount, needs.get(name, 0))
+        return needs
+
+    @property
+    def in_cache_positions(self) -> bool:
+        return any(p.in_cache_positions for p in self.policies)
+
+    def check(self, head_dim: int) -> None:
+        for policy in self.policies:
+            policy.check(head_dim)
+
+    def __call__(self, kv: KV, step: Step) -> KV:
+        steps = (replace(step, stack=self.policies, at=i) for i in range(len(self.policies)))
+        return reduce(lambda kv, pair: pair[0](kv, pair[1]), zip(self.policies, steps, strict=True), kv)
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.policies)) or "Full()"
+
+
+@dataclass(frozen=True)
+class Evictor(Policy):
+    """A scorer plus the one shared selection. Subclasses give `score` and, if they need to, `protected`.
+
+    budget: slots kept per head, sinks and recent window included: an int is tokens, a float in (0, 1] a share of the
+    prompt. memory: instead of `budget`, a share in (0, 1] of the bytes of the 16-bit full cache; the number of tokens
+    follows from the exact bytes per slot of whatever quantizer follows in the stack. A share never keeps fewer slots
+    than the policy protects.
+    """
+
+    budget: int | float | None = None
+    memory: float | None = field(default=None, kw_only=True)
+
+    evicts_while_decoding: ClassVar[bool] = True
+    shared_over_heads: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if (self.budget is None) == (self.memory is None):
+            raise ValueError(f"{name}: give either budget= (tokens or share of the prompt) or memory= (share of bytes)")
+        share = self.memory if self.budget is None else self.budget
+        what = "memory" if self.budget is None else "budget"
+        if isinstance(share, bool) or not isinstance(share, (int, float)):
+            raise ValueError(f"{name}: {what} must be a number, got {share!r}")
+        if isinstance(share, float) or what == "memory":
+            if not 0 < share <= 1:
+                hint = "; write tokens as an int" if what == "budget" and share > 1 else ""
+                raise ValueError(f"{name}: {what}={share} as a share must be above 0 and at most 1{hint}")
+        elif share < max(1, self.min_slots):
+            least = f"at least {self.min_slots} (what the policy protects)" if self.min_slots > 1 else "at least 1 token"
+            raise ValueError(f"{name}: budget={share} is too small: it must be {least}")
+
+    @property
+    def min_slots(self) -> int:
+        """Slots the policy always protects: sinks + recent window."""
+        return 1
+
+    @abstractmethod
+    def score(self, kv: KV, step: Step) -> Tensor:
+        """[B, H or 1, S] float32, higher = keep; values at dead columns do not matter."""
+
+    def protected(self, kv: KV, step: Step, slots: Tensor) -> Tensor | None:
+        """[B, H or 1, S] bool: slots kept whatever their score; slots [B, 1] is the budget in force."""
+        return None
+
+    def __call__(self, kv: KV, step: Step) -> KV:
+        if step.decoding and not self.evicts_while_decoding:
+            return kv
+        slots = self.slots(kv, step)
+        if bool((kv.counts.per_head <= slots).all()):
+            return kv
+        return kv.gather(*select(self.score(kv, step), kv, slots, self.protected(kv, step, slots)))
+
+    def slots(self, kv: KV, step: Step) -> Tensor:
+        """The budget in force, slots per head: [B, 1] int64."""
+        if isinstance(self.budget, int):
+            return torch.full_like(step.prompt, self.budget)[:, None]
+        if self.budget is not None:
+            kept = step.prompt - torch.floor(step.prompt * (1 - self.budget) + 1e-6).to(torch.int64)
+            return kept.clamp(min=self.min_slots)[:, None]
+        per_row = {n: self._slots_for_bytes(n, kv, step) for n in set(step.prompt.tolist())}
+        return torch.tensor([per_row[n] for n in step.prompt.tolist()], device=step.prompt.device)[:, None]
+
+    def _slots_for_bytes(self, prompt: int, kv: KV, step: Step) -> int:
+        """The largest number of slots whose exact bytes fit into `memory` of the 16-bit full cache of `prompt` tokens."""
+        _, heads, _, head_dim = kv.keys.shape
+        if any(isinstance(p, Quantizer) for p in step.stack[: step.at]):
+            raise BudgetError(f"{self}: a byte budget needs the evictor before the quantizer in the stack")
+        quantizer = next((p for p in step.stack[step.at + 1 :] if isinstance(p, Quantizer)), None)
+        slots = torch.arange(prompt + 1)
+        itemsize = kv.keys.dtype.itemsize
+        held = slots * (2 * heads * head_dim * itemsize)
+        if quantizer is not None:
+            held = quantizer.slot_nbytes(slots, heads, head_dim, itemsize)
+        columns = 4 * heads * sum(name != "position" for name in kv.columns)
+        position = 4 * (1 if self.shared_over_heads else heads) * (slots < prompt)
+        allowed = int(self.memory * 2 * prompt * heads * head_dim * 2)
+        fitting = (held + slots * (columns + position) <= allowed).nonzero()
+        most = int(fitting.max()) if len(fitting) else 0
+        if most < self.min_slots:
+            raise BudgetError(
+                f"{self}: {self.memory:.4g} of the full cache of {prompt} tokens is {allowed} bytes per layer, "
+                f"room for {most} slots, but {max(self.min_slots, 1)} are needed; use a larger memory= or fewer bits"
+            )
+        return most
+
+
+def select(score: Tensor, kv: KV, slots: Tensor, protected: Tensor | None = None) -> tuple[Tensor, Counts]:
+    """The one selection: `protected` slots, then the highest scores, ties to the most recent.
+
+    score [B, H or 1, S]; slots [B, 1] or [B, H]; -> indices [B, H or 1, K] ascending with -1 after the last, and counts.
+    """
+    batch, heads, width, _ = kv.keys.shape
+    live = kv.position >= 0
+    score = score.float()
+    if protected is not None:
+        score = score.masked_fill(protected, torch.inf)
+    score = score.masked_fill(~live, -torch.inf)
+    # A stable descending sort of the reversed columns: among equal scores the newer slot comes first.
+    order = width - 1 - score.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    kept = torch.minimum(slots, live.sum(-1))  # [B, H or 1]
+    counts = Counts.of(kept.expand(batch, heads).contiguous())
+    order = order[..., : counts.width]
+    dead = torch.arange(counts.width, device=score.device) >= kept[..., None]
+    lists = max(order.shape[1], kept.shape[1])
+    order = order.expand(-1, lists, -1).masked_fill(dead, width).sort(dim=-1).values
+    return order.masked_fill(order == width, -1), counts
+
+
+@dataclass(frozen=True)
+class Quantizer(Policy):
+    """Holds older slots packed. Subclasses name a codec for keys and one for values, and how much of a tail to pack.
+
+    New tokens always arrive in the full-precision tail and are attended there first; this policy runs after attention.
+    """
+
+    @abstractmethod
+    def codecs(self) -> tuple[Codec, Codec]:
+        """(keys, values)."""
+
+    def flush(self, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """How many of `tail` (any int tensor of tail lengths) to pack now: (keys, values). Default: all of them."""
+        return tail, tail
+
+    def __call__(self, kv: KV, step: Step) -> KV:
+        self.check(kv.keys.shape[-1])
+        key_codec, value_codec = self.codecs()
+        keys = kv.keys.pack(key_codec, self.flush(kv.keys.tail_counts.per_head)[0])
+        values = kv.values.pack(value_codec, self.flush(kv.values.tail_counts.per_head)[1])
+        return KV(keys, values, kv.columns)
+
+    def encode(self, keys: Tensor, values: Tensor) -> KV:
+        """keys, values [B, H, T, D] -> packed; see `KV.decode`, `KV.nbytes`, `KV.gather`."""
+        if keys.shape[:3] != values.shape[:3] or keys.dim() != 4:
+            raise ValueError(
+                f"keys and values must be [batch, kv_heads, tokens, head_dim], got {list(keys.shape)} and {list(values.shape)}"
+            )
+        seen = torch.full((keys.shape[0],), keys.shape[2], device=keys.device)
+        return self(KV.of(keys, values), Step(layer=0, prompt=seen, seen=seen))
+
+    def slot_nbytes(self, slots: Tensor, heads: int, head_dim: int, itemsize: int) -> Tensor:
+        """Exact bytes of keys and values of one row of one layer that holds `slots` (int tensor) dense slots, packed."""
+        total = torch.zeros_like(slots)
+        for codec, packed in zip(self.codecs(), self.flush(slots), strict=True):
+            groups = packed // codec.group
+            body = packed * codec.row_nbytes(head_dim) + groups * codec.group_nbytes(head_dim)
+            total += heads * (body + (slots - packed) * head_dim * itemsize)
+        return total

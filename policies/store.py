@@ -1,0 +1,337 @@
+"""How the keys (or the values) of one layer are held: a packed body, then a full-precision tail.
+
+Letters used in all shape comments: B batch, H key-value heads, T new tokens, S slots, K kept slots, D head dim,
+N rows of all (batch, head) pairs one after the other, g tokens that share a scale.
+
+Each (batch row, head) has its own list of slots, oldest first. Lists may differ in length (left-padded batches,
+per-head budgets). Padded views are left-aligned: slot s of a list stands in column s, columns past its end are dead.
+The body is *flat* (no dead rows at all), so a ragged cache really frees its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many slots each (row, head) holds: `per_head` [B, H] int64, and `even`, the common count if there is one."""
+
+    per_head: Tensor
+    even: int | None
+
+    @classmethod
+    def of(cls, per_head: Tensor) -> Counts:
+        low, high = (int(x) for x in per_head.aminmax())
+        return cls(per_head, low if low == high else None)
+
+    @classmethod
+    def full(cls, batch: int, heads: int, count: int, device: torch.device) -> Counts:
+        return cls(torch.full((batch, heads), count, dtype=torch.int64, device=device), count)
+
+    @property
+    def width(self) -> int:
+        return self.even if self.even is not None else int(self.per_head.max())
+
+    @property
+    def total(self) -> int:
+        return self.even * self.per_head.numel() if self.even is not None else int(self.per_head.sum())
+
+    def live(self) -> Tensor:
+        """[B, H, width] bool: which columns of a padded view hold a slot."""
+        return torch.arange(self.width, device=self.per_head.device) < self.per_head[..., None]
+
+    def starts(self) -> Tensor:
+        """[B*H] first flat row of each list."""
+        flat = self.per_head.flatten()
+        return flat.cumsum(0) - flat
+
+    def plus(self, other: Counts) -> Counts:
+        even = None if self.even is None or other.even is None else self.even + other.even
+        total = self.per_head + other.per_head
+        return Counts(total, even) if even is not None else Counts.of(total)
+
+    def groups(self, size: int) -> Counts:
+        return Counts(self.per_head // size, None if self.even is None else self.even // size)
+
+    def select(self, rows: Tensor) -> Counts:
+        chosen = self.per_head[rows]
+        return Counts(chosen, self.even) if self.even is not None else Counts.of(chosen)
+
+
+def flatten(padded: Tensor, counts: Counts) -> Tensor:
+    """[B, H, >=width, ...] -> [N, ...]: the live columns, list after list."""
+    padded = padded[:, :, : counts.width]
+    return padded.flatten(0, 2) if counts.even is not None else padded[counts.live()]
+
+
+def unflatten(flat: Tensor, counts: Counts) -> Tensor:
+    """[N, ...] -> [B, H, width, ...]; dead columns are zero."""
+    shape = (*counts.per_head.shape, counts.width, *flat.shape[1:])
+    if counts.even is not None:
+        return flat.reshape(shape)
+    padded = flat.new_zeros(shape)
+    padded[counts.live()] = flat
+    return padded
+
+
+def interleave(old: Tensor, old_counts: Counts, new: Tensor, new_counts: Counts) -> Tensor:
+    """Appends each list of `new` [M, ...] to its list of `old` [N, ...]: [N + M, ...]."""
+    if old_counts.even is not None and new_counts.even is not None:
+        lists = old_counts.per_head.numel()
+        pair = [x.reshape(lists, c.even, *x.shape[1:]) for x, c in ((old, old_counts), (new, new_counts))]
+        return torch.cat(pair, dim=1).flatten(0, 1)
+    starts = old_counts.plus(new_counts).starts()
+    merged = old.new_empty((old.shape[0] + new.shape[0], *old.shape[1:]))
+    shift = starts - old_counts.starts()
+    merged[_spread(shift, old_counts)] = old
+    shift = starts + old_counts.per_head.flatten() - new_counts.starts()
+    merged[_spread(shift, new_counts)] = new
+    return merged
+
+
+def _spread(shift: Tensor, counts: Counts) -> Tensor:
+    repeated = shift.repeat_interleave(counts.per_head.flatten())
+    return repeated + torch.arange(len(repeated), device=shift.device)
+
+
+def take_columns(padded: Tensor, index: Tensor) -> Tensor:
+    """[B, H, S, ...] and index [B, H, K] (-1 = dead) -> [B, H, K, ...]; dead columns hold any finite value."""
+    wide = index.clamp(min=0).reshape(*index.shape, *(1,) * (padded.dim() - 3))
+    return padded.gather(2, wide.expand(*index.shape, *padded.shape[3:]))
+
+
+def append_columns(padded: Tensor, counts: Counts, new: Tensor, valid: Tensor | None, spare: bool) -> tuple[Tensor, Counts]:
+    """Appends `new` [B, H, T, ...] after the last live column of each list of `padded` [B, H, >=width, ...].
+
+    valid [B, T] bool marks real tokens (None: all real); the others are not stored. With `spare`, the buffer grows
+    geometrically and later appends are written in place; the columns already there never change.
+    """
+    batch, heads, tokens = new.shape[:3]
+    device = new.device
+    if valid is None:
+        grown = counts.plus(Counts.full(batch, heads, tokens, device))
+    else:
+        grown = counts.plus(Counts.of(valid.sum(1, keepdim=True).expand(batch, heads).contiguous()))
+    if counts.total == 0 and valid is None:
+        return owned(new), grown
+    if grown.width > padded.shape[2]:
+        capacity = grown.width + max(8, grown.width // 16) if spare and counts.total else grown.width
+        room = new.new_zeros((batch, heads, capacity, *new.shape[3:]))
+        room[:, :, : counts.width] = padded[:, :, : counts.width]
+        padded = room
+    if counts.even is not None and valid is None:
+        padded[:, :, counts.even : counts.even + tokens] = new
+        return padded, grown
+    real = torch.ones((batch, tokens), dtype=torch.bool, device=device) if valid is None else valid
+    target = counts.per_head[..., None] + (real.cumsum(1) - 1)[:, None]  # [B, H, T]
+    row, head, token = real[:, None].expand(batch, heads, tokens).nonzero(as_tuple=True)
+    padded[row, head, target[row, head, token]] = new[row, head, token]
+    return padded, grown
+
+
+def owned(x: Tensor) -> Tensor:
+    """`x` itself if it is contiguous and alone in its storage, else a copy: a view would keep more bytes alive."""
+    alone = x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x if alone else x.clone(memory_format=torch.contiguous_format)
+
+
+class Codec(Protocol):
+    """A numeric format on flat rows. `group` consecutive rows share the `groups` entries (1: no sharing)."""
+
+    group: int
+
+    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """x [N, D] (N divisible by `group`) -> per-row tensors [N, ...] and per-group tensors [N / group, ...]."""
+        ...
+
+    def decode(self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """-> [N, D]. `group_of` [N] names each row's group; None: row i belongs to group i // group."""
+        ...
+
+    def row_nbytes(self, head_dim: int) -> int:
+        """Exact bytes of the per-row tensors of one row."""
+        ...
+
+    def group_nbytes(self, head_dim: int) -> int:
+        """Exact bytes of the per-group tensors of one group."""
+        ...
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows held in a codec's format, flat over all (batch, head) lists."""
+
+    codec: Codec
+    counts: Counts
+    rows: dict[str, Tensor]
+    groups: dict[str, Tensor]
+    group_of: Tensor | None
+    dtype: torch.dtype
+
+    @classmethod
+    def encode(cls, codec: Codec, x: Tensor, counts: Counts) -> Packed:
+        """x [N, D] flat rows of the lists `counts` (each a multiple of `codec.group`)."""
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError("cannot quantize keys or values with inf or nan; check the model's dtype for overflow")
+        return cls(codec, counts, *codec.encode(x), None, x.dtype)
+
+    def dense_rows(self) -> Tensor:
+        """[N, D] in the dtype that was encoded."""
+        return self.codec.decode(self.rows, self.groups, self.group_of, self.dtype)
+
+    def extend(self, other: Packed) -> Packed:
+        """Appends each list of `other` to the same list here; codes and scales are copied, never recomputed."""
+        rows = {k: interleave(v, self.counts, other.rows[k], other.counts) for k, v in self.rows.items()}
+        counts = self.counts.plus(other.counts)
+        if self.group_of is None and other.group_of is None:
+            mine, theirs = self.counts.groups(self.codec.group), other.counts.groups(self.codec.group)
+            groups = {k: interleave(v, mine, other.groups[k], theirs) for k, v in self.groups.items()}
+            return replace(self, counts=counts, rows=rows, groups=groups)
+        offset = self._group_total()
+        groups = {k: torch.cat([v, other.groups[k]]) for k, v in self.groups.items()}
+        group_of = interleave(self._explicit(), self.counts, other._explicit() + offset, other.counts)
+        return replace(self, counts=counts, rows=rows, groups=groups, group_of=_narrow(group_of))
+
+    def pick(self, flat: Tensor, counts: Counts) -> Packed:
+        """Keeps the rows `flat` [M] (flat indices), which then form the lists `counts`.
+
+        Rows keep their codes and their own group's scale (no decode, no re-encode): a group's scale lives as long as
+        one member does, and the rows then carry a group reference, which is counted.
+        """
+        rows = {k: v[flat] for k, v in self.rows.items()}
+        if not self.groups:
+            return replace(self, counts=counts, rows=rows)
+        used, group_of = self._explicit()[flat].unique(return_inverse=True)
+        groups = {k: v[used] for k, v in self.groups.items()}
+        return replace(self, counts=counts, rows=rows, groups=groups, group_of=_narrow(group_of))
+
+    def select(self, batch: Tensor) -> Packed:
+        """Rows of the batch, in the given order, with repetition."""
+        counts = self.counts.select(batch)
+        rows = {k: _select(v, self.counts, batch) for k, v in self.rows.items()}
+        if not self.groups:
+            return replace(self, counts=counts, rows=rows)
+        if self.group_of is None:
+            lists = self.counts.groups(self.codec.group)
+            groups = {k: _select(v, lists, batch) for k, v in self.groups.items()}
+            return replace(self, counts=counts, rows=rows, groups=groups)
+        used, group_of = _select(self.group_of, self.counts, batch).unique(return_inverse=True)
+        groups = {k: v[used.long()] for k, v in self.groups.items()}
+        return replace(self, counts=counts, rows=rows, groups=groups, group_of=_narrow(group_of))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.rows.items()
+        yield from self.groups.items()
+        if self.group_of is not None:
+            yield "group_of", self.group_of
+
+    def _group_total(self) -> int:
+        return next(iter(self.groups.values())).shape[0]
+
+    def _explicit(self) -> Tensor:
+        if self.group_of is not None:
+            return self.group_of.long()
+        return torch.arange(self.counts.total, device=self.counts.per_head.device) // self.codec.group
+
+
+def _narrow(group_of: Tensor) -> Tensor:
+    """The smallest integer type that can name every group: the references are part of the bytes."""
+    largest = int(group_of.max()) if group_of.numel() else 0
+    return group_of.to(torch.int16 if largest < 2**15 else torch.int32)
+
+
+def _select(flat: Tensor, counts: Counts, batch: Tensor) -> Tensor:
+    return flatten(unflatten(flat, counts)[batch], counts.select(batch))
+
+
+@dataclass(frozen=True)
+class Held:
+    """Keys or values of one layer: `body` (packed, older) then `tail` [B, H, capacity, D] (full precision, newer)."""
+
+    tail: Tensor
+    tail_counts: Counts
+    body: Packed | None = None
+    counts: Counts = field(init=False)
+
+    def __post_init__(self) -> None:
+        total = self.tail_counts if self.body is None else self.body.counts.plus(self.tail_counts)
+        object.__setattr__(self, "counts", total)
+
+    @classmethod
+    def dense_from(cls, x: Tensor) -> Held:
+        """x [B, H, S, D], every slot live."""
+        return cls(owned(x), Counts.full(*x.shape[:3], x.device))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, S, D) of the padded dense view."""
+        return (*self.tail.shape[:2], self.counts.width, self.tail.shape[3])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tail.dtype
+
+    def dense(self) -> Tensor:
+        """[B, H, S, D] in the model's dtype, left-aligned; dead columns hold any finite value."""
+        if self.body is None:
+            return self.tail[:, :, : self.tail_counts.width]
+        tail = flatten(self.tail, self.tail_counts)
+        rows = interleave(self.body.dense_rows(), self.body.counts, tail, self.tail_counts)
+        return unflatten(rows, self.counts)
+
+    def append(self, x: Tensor, valid: Tensor | None = None) -> Held:
+        """x [B, H, T, D] joins the tail; `valid` [B, T] marks real tokens (None: all)."""
+        tail, counts = append_columns(self.tail, self.tail_counts, x, valid, spare=True)
+        return Held(tail, counts, self.body)
+
+    def gather(self, index: Tensor, counts: Counts) -> Held:
+        """Keeps the slots `index` [B, H, K], ascending, -1 after the last; `counts` says how many each list keeps."""
+        index = index.expand(*self.tail.shape[:2], -1)
+        if self.body is None:
+            return Held(take_columns(self.tail, index), counts)
+        in_body = (index >= 0) & (index < self.body.counts.per_head[..., None])
+        body_counts = Counts.of(in_body.sum(-1))
+        starts = self.body.counts.starts().view(*index.shape[:2], 1)
+        body = self.body.pick((index + starts)[in_body], body_counts)
+        # What follows the body's share of `index`, moved to the left edge, are the tail's slots.
+        left = counts.per_head - body_counts.per_head
+        column = torch.arange(int(left.max()), device=index.device).expand(*index.shape[:2], -1)
+        column = (column + body_counts.per_head[..., None]).clamp(max=index.shape[-1] - 1)
+        tail_index = index.gather(2, column) - self.body.counts.per_head[..., None]
+        return Held(take_columns(self.tail, tail_index), Counts.of(left), body if body_counts.total else None)
+
+    def pack(self, codec: Codec, amount: Tensor) -> Held:
+        """Moves the oldest `amount` [B, H] slots of the tail into the body, encoded by `codec`."""
+        moved = Counts.of(amount)
+        if moved.total == 0:
+            return self
+        packed = Packed.encode(codec, flatten(self.tail, moved), moved)
+        left = Counts.of(self.tail_counts.per_head - amount)
+        column = torch.arange(left.width, device=amount.device) + amount[..., None]
+        tail = take_columns(self.tail, column.clamp(max=max(self.tail.shape[2] - 1, 0)))
+        return Held(tail, left, packed if self.body is None else self.body.extend(packed))
+
+    def select(self, batch: Tensor) -> Held:
+        """Rows of the batch, in the given order, with repetition (beam search)."""
+        body = None if self.body is None else self.body.select(batch)
+        return Held(self.tail[batch], self.tail_counts.select(batch), body)
+
+    def sealed(self) -> Held:
+        """The same slots without spare capacity, so that two holders can append without seeing each other."""
+        return Held(self.tail[:, :, : self.tail_counts.width], self.tail_counts, self.body)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        if self.body is not None:
+            yield from self.body.tensors()
+        yield "tail", self.tail
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storages held, spare capacity included."""
+        return sum(t.untyped_storage().nbytes() for _, t in self.tensors())
