@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvbench.kernels.attention import probabilities
-from kvbench.policies.store import Codec, Counts, Held, append_columns, owned, take_columns
+from kvbench.policies.store import Codec, Counts, Held, append_columns, take_columns
 
 
 class BudgetError(ValueError):
@@ -54,7 +54,9 @@ class KV:
         if "position" in self.columns:
             return self.columns["position"]
         column = torch.arange(self.counts.width, dtype=torch.int32, device=self.keys.tail.device)
-        counts = self.counts.per_head[:, :1]  # nothing evicted: all heads hold the same tokens
+        if self.counts.even is not None:
+            return column.expand(self.counts.shape[0], 1, -1)
+        counts = self.counts.first_head().per_head  # nothing evicted: all heads hold the same tokens
         return torch.where(column < counts[..., None], column, -1)
 
     def column(self, name: str) -> Tensor:
@@ -73,7 +75,7 @@ class KV:
                 new = (seen[:, None] + rank)[:, None].to(old.dtype)
             else:
                 new = old.new_zeros((batch, 1, tokens))
-            counts = self.counts if old.shape[1] > 1 else Counts(self.counts.per_head[:, :1], self.counts.even)
+            counts = self.counts if old.shape[1] > 1 else self.counts.first_head()
             padded, grown = append_columns(old, counts, new.expand(-1, old.shape[1], -1), valid, spare=False)
             if name == "position" and grown.even is None:
                 padded = torch.where(grown.live(), padded, -1)

@@ -18,33 +18,38 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Counts:
-    """How many slots each (row, head) holds: `per_head` [B, H] int64, and `even`, the common count if there is one."""
+    """How many slots each (row, head) holds: `even` if all hold as many, else `ragged` [B, H] int64."""
 
-    per_head: Tensor
+    shape: tuple[int, int]
+    device: torch.device
     even: int | None
+    ragged: Tensor | None = None
 
     @classmethod
     def of(cls, per_head: Tensor) -> Counts:
+        """per_head [B, H] int64."""
         low, high = (int(x) for x in per_head.aminmax())
-        return cls(per_head, low if low == high else None)
+        shape = (per_head.shape[0], per_head.shape[1])
+        return cls(shape, per_head.device, low) if low == high else cls(shape, per_head.device, None, per_head)
 
-    @classmethod
-    def full(cls, batch: int, heads: int, count: int, device: torch.device) -> Counts:
-        return cls(torch.full((batch, heads), count, dtype=torch.int64, device=device), count)
+    @property
+    def per_head(self) -> Tensor:
+        """[B, H] int64."""
+        return torch.full(self.shape, self.even or 0, device=self.device) if self.ragged is None else self.ragged
 
     @property
     def width(self) -> int:
-        return self.even if self.even is not None else int(self.per_head.max())
+        return int(self.ragged.max()) if self.ragged is not None else self.even or 0
 
     @property
     def total(self) -> int:
-        return self.even * self.per_head.numel() if self.even is not None else int(self.per_head.sum())
+        return int(self.ragged.sum()) if self.ragged is not None else (self.even or 0) * self.shape[0] * self.shape[1]
 
     def live(self) -> Tensor:
         """[B, H, width] bool: which columns of a padded view hold a slot."""
-        return torch.arange(self.width, device=self.per_head.device) < self.per_head[..., None]
+        return torch.arange(self.width, device=self.device) < self.per_head[..., None]
 
     def starts(self) -> Tensor:
         """[B*H] first flat row of each list."""
@@ -52,16 +57,23 @@ class Counts:
         return flat.cumsum(0) - flat
 
     def plus(self, other: Counts) -> Counts:
-        even = None if self.even is None or other.even is None else self.even + other.even
-        total = self.per_head + other.per_head
-        return Counts(total, even) if even is not None else Counts.of(total)
+        if self.even is not None and other.even is not None:
+            return Counts(self.shape, self.device, self.even + other.even)
+        return Counts.of(self.per_head + other.per_head)
 
     def groups(self, size: int) -> Counts:
-        return Counts(self.per_head // size, None if self.even is None else self.even // size)
+        if self.even is not None:
+            return Counts(self.shape, self.device, self.even // size)
+        return Counts.of(self.per_head // size)
 
     def select(self, rows: Tensor) -> Counts:
-        chosen = self.per_head[rows]
-        return Counts(chosen, self.even) if self.even is not None else Counts.of(chosen)
+        if self.even is not None:
+            return Counts((len(rows), self.shape[1]), self.device, self.even)
+        return Counts.of(self.per_head[rows])
+
+    def first_head(self) -> Counts:
+        """[B, 1]: for what all heads share."""
+        return Counts((self.shape[0], 1), self.device, self.even, None if self.ragged is None else self.ragged[:, :1])
 
 
 def flatten(padded: Tensor, counts: Counts) -> Tensor:
@@ -72,7 +84,7 @@ def flatten(padded: Tensor, counts: Counts) -> Tensor:
 
 def unflatten(flat: Tensor, counts: Counts) -> Tensor:
     """[N, ...] -> [B, H, width, ...]; dead columns are zero."""
-    shape = (*counts.per_head.shape, counts.width, *flat.shape[1:])
+    shape = (*counts.shape, counts.width, *flat.shape[1:])
     if counts.even is not None:
         return flat.reshape(shape)
     padded = flat.new_zeros(shape)
@@ -83,7 +95,7 @@ def unflatten(flat: Tensor, counts: Counts) -> Tensor:
 def interleave(old: Tensor, old_counts: Counts, new: Tensor, new_counts: Counts) -> Tensor:
     """Appends each list of `new` [M, ...] to its list of `old` [N, ...]: [N + M, ...]."""
     if old_counts.even is not None and new_counts.even is not None:
-        lists = old_counts.per_head.numel()
+        lists = old_counts.shape[0] * old_counts.shape[1]
         pair = [x.reshape(lists, c.even, *x.shape[1:]) for x, c in ((old, old_counts), (new, new_counts))]
         return torch.cat(pair, dim=1).flatten(0, 1)
     starts = old_counts.plus(new_counts).starts()
@@ -115,7 +127,7 @@ def append_columns(padded: Tensor, counts: Counts, new: Tensor, valid: Tensor | 
     batch, heads, tokens = new.shape[:3]
     device = new.device
     if valid is None:
-        grown = counts.plus(Counts.full(batch, heads, tokens, device))
+        grown = counts.plus(Counts((batch, heads), device, tokens))
     else:
         grown = counts.plus(Counts.of(valid.sum(1, keepdim=True).expand(batch, heads).contiguous()))
     if counts.total == 0 and valid is None:
@@ -237,7 +249,7 @@ class Packed:
     def _explicit(self) -> Tensor:
         if self.group_of is not None:
             return self.group_of.long()
-        return torch.arange(self.counts.total, device=self.counts.per_head.device) // self.codec.group
+        return torch.arange(self.counts.total, device=self.counts.device) // self.codec.group
 
 
 def _narrow(group_of: Tensor) -> Tensor:
@@ -266,7 +278,7 @@ class Held:
     @classmethod
     def dense_from(cls, x: Tensor) -> Held:
         """x [B, H, S, D], every slot live."""
-        return cls(owned(x), Counts.full(*x.shape[:3], x.device))
+        return cls(owned(x), Counts((x.shape[0], x.shape[1]), x.device, x.shape[2]))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
