@@ -1,0 +1,1 @@
+"""Configuration groups, read by Hydra as the config module ``kvbench.conf``."""

@@ -1,0 +1,56 @@
+"""Settings and fixtures that every test shares."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Read later, when CUDA starts and when transformers is imported: repeatable matrix products, and no network.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+for _variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(_variable, "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+# Same examples on every run; --hypothesis-profile=explore looks for new ones. Shared machines make deadlines flaky.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.load_profile("fixed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="fail, instead of skipping gpu tests, without CUDA")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    if config.getoption("--require-gpu"):
+        raise pytest.UsageError("--require-gpu: torch sees no CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """CUDA where there is a device, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data slices, which the repository does not carry: $KVBENCH_DATA, else ../shared/data."""
+    named = os.environ.get("KVBENCH_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no data folder at {folder}; name one with KVBENCH_DATA")
+    return folder
