@@ -156,7 +156,8 @@ def owned(x: Tensor) -> Tensor:
 class Codec(Protocol):
     """A numeric format on flat rows. `group` consecutive rows share the `groups` entries (1: no sharing)."""
 
-    group: int
+    @property
+    def group(self) -> int: ...
 
     def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """x [N, D] (N divisible by `group`) -> per-row tensors [N, ...] and per-group tensors [N / group, ...]."""
@@ -199,6 +200,8 @@ class Packed:
 
     def extend(self, other: Packed) -> Packed:
         """Appends each list of `other` to the same list here; codes and scales are copied, never recomputed."""
+        if self.codec != other.codec:
+            raise ValueError(f"slots packed as {self.codec} cannot take slots packed as {other.codec}; use one quantizer")
         rows = {k: interleave(v, self.counts, other.rows[k], other.counts) for k, v in self.rows.items()}
         counts = self.counts.plus(other.counts)
         if self.group_of is None and other.group_of is None:
