@@ -1,0 +1,147 @@
+"""KIVI: 2- or 4-bit affine codes, keys per channel over tokens, values per token over channels.
+
+Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", ICML 2024, https://arxiv.org/abs/2402.02750;
+official code https://github.com/jy-yuan/KIVI.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvbench.kernels.packing import cast, pack_planar, unpack_planar
+from kvbench.policies.interface import Quantizer
+from kvbench.policies.store import Codec
+
+
+@dataclass(frozen=True)
+class KIVI(Quantizer):
+    """Affine min-max codes in groups of `group_size`, with the newest tokens kept in full precision.
+
+    For a group x of `group_size` tokens of one channel (keys) or channels of one token (values), in float32:
+
+        zero = fp16(min x)        scale = fp16((max x - min x) / (2**bits - 1))
+        code = clamp(round((x - zero) / scale), 0, 2**bits - 1)        decoded = code * scale + zero
+
+    Rounding is half to even; codes are taken against the *rounded* scale and zero, and scale = 0 (a constant group)
+    gives codes 0. Per (row, head) with T slots of D channels, keys store codes uint8 [T, D*bits/8] and scale, zero fp16
+    [T/group_size, D]; values store codes uint8 [T, D*bits/8] and scale, zero fp16 [T, D/group_size]: bits +
+    32/group_size bits per element. Of a full-precision tail of n tokens, the oldest floor(n/residual)*residual keys are
+    packed, and all values but the newest `residual`.
+
+    bits: 2 or 4. Paper: 2.
+    group_size: elements that share a scale and a zero point. Paper: 32.
+    residual: tokens, a multiple of group_size; 0 packs every whole group of keys and every value at once. Paper: 128,
+        and 32 for GSM8K.
+
+    Raises ValueError for fields outside these sets, for a head_dim that is not a multiple of group_size and of
+    8/bits, and for values whose scale or zero point is beyond fp16 (65504).
+
+    Deviations from the official code: planar packing along channels for keys, too (it packs keys along tokens into
+    int32; see `kvbench.kernels.packing.to_kivi_int32`); float32 arithmetic and fp16 metadata whatever the model's dtype
+    (it uses the model's for both); rounding before the clamp (it clamps, then rounds: the same codes); a guard for
+    constant groups (it divides by zero); any number of tokens per forward; padding never enters a group.
+
+    Example: `KIVI(bits=2).encode(keys, values).decode()` with keys and values [batch, kv_heads, tokens, head_dim].
+    """
+
+    bits: int = 2
+    group_size: int = 32
+    residual: int = 128
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 4):
+            raise ValueError(f"KIVI: bits must be 2 or 4, got {self.bits!r}")
+        if not isinstance(self.group_size, int) or self.group_size < 1:
+            raise ValueError(f"KIVI: group_size must be a positive int, got {self.group_size!r}")
+        if not isinstance(self.residual, int) or self.residual < 0 or self.residual % self.group_size:
+            raise ValueError(
+                f"KIVI: residual must be 0 or a multiple of group_size={self.group_size} tokens, got {self.residual!r}"
+            )
+
+    def check(self, head_dim: int) -> None:
+        for divisor, why in ((self.group_size, "group_size"), (8 // self.bits, f"{self.bits}-bit codes per byte")):
+            if head_dim % divisor:
+                raise ValueError(f"{self}: head_dim={head_dim} is not a multiple of {divisor} ({why})")
+
+    def codecs(self) -> tuple[Codec, Codec]:
+        return PerChannel(self.bits, self.group_size), PerToken(self.bits, self.group_size)
+
+    def flush(self, tail: Tensor) -> tuple[Tensor, Tensor]:
+        block = self.residual or self.group_size
+        return tail // block * block, (tail - self.residual).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """Keys: every channel has its own scale and zero point for `group` consecutive tokens."""
+
+    bits: int
+    group: int
+
+    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        codes, scale, zero = _affine(x.unflatten(0, (x.shape[0] // self.group, self.group)), self.bits, dim=1)
+        return {"codes": pack_planar(codes.flatten(0, 1), self.bits)}, {"scale": scale, "zero": zero}
+
+    def decode(
+        self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        x = unpack_planar(rows["codes"], self.bits).float()
+        scale, zero = groups["scale"], groups["zero"]
+        if group_of is None:
+            shared = x.view(scale.shape[0], self.group, x.shape[1])
+            shared.mul_(scale[:, None]).add_(zero[:, None])
+        else:
+            x.mul_(scale[group_of.long()]).add_(zero[group_of.long()])
+        return cast(x, dtype)
+
+    def row_nbytes(self, head_dim: int) -> int:
+        return head_dim * self.bits // 8
+
+    def group_nbytes(self, head_dim: int) -> int:
+        return 4 * head_dim
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Values: every token has its own scale and zero point for `group_size` consecutive channels."""
+
+    bits: int
+    group_size: int
+    group: ClassVar[int] = 1
+
+    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        codes, scale, zero = _affine(x.unflatten(1, (-1, self.group_size)), self.bits, dim=2)
+        return {"codes": pack_planar(codes.flatten(1), self.bits), "scale": scale, "zero": zero}, {}
+
+    def decode(
+        self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        x = unpack_planar(rows["codes"], self.bits).float()
+        shared = x.view(x.shape[0], -1, self.group_size)
+        shared.mul_(rows["scale"][..., None]).add_(rows["zero"][..., None])
+        return cast(x, dtype)
+
+    def row_nbytes(self, head_dim: int) -> int:
+        return head_dim * self.bits // 8 + 4 * (head_dim // self.group_size)
+
+    def group_nbytes(self, head_dim: int) -> int:
+        return 0
+
+
+def _affine(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups along `dim` -> codes uint8 like x, scale and zero fp16 without `dim`."""
+    x = x.float()
+    top = 2**bits - 1
+    low, high = x.aminmax(dim=dim, keepdim=True)
+    scale, zero = ((high - low) / top).half(), low.half()
+    if not bool((scale.isfinite() & zero.isfinite()).all()):
+        raise ValueError(
+            f"KIVI stores scale and zero point as fp16, at most 65504; keys or values reach {float(x.abs().max()):.6g}"
+        )
+    codes = ((x - zero.float()) / scale.float()).round().clamp(0, top)
+    codes = torch.where(scale > 0, codes, 0).to(torch.uint8)
+    return codes, scale.squeeze(dim), zero.squeeze(dim)
