@@ -1,0 +1,63 @@
+"""KeyDiff: keep the keys that differ most from the others (Park et al., NeurIPS 2025).
+
+Paper https://arxiv.org/abs/2504.15364; no official code, reviewed port in https://github.com/NVIDIA/kvpress
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvbench.policies.interface import KV, Evictor, Step
+
+_EPS = 1e-8
+"""Least norm, as in torch.nn.functional.cosine_similarity."""
+
+
+@dataclass(frozen=True)
+class KeyDiff(Evictor):
+    """Keeps the slots whose keys are least aligned with the mean direction of all keys held.
+
+        u_s = k_s / |k_s|      anchor = mean over live slots of u_s ("normalized") or of k_s ("raw")
+        score[b, h, s] = -cos(k_s, anchor)                                      float32 [B, H, S]
+
+    k_s are the keys as attention reads them: after RoPE, and dequantized where a quantizer holds them. With the
+    normalized anchor the ranking is exactly that of the row sums of all pairwise cosine similarities, at linear cost.
+
+    budget: slots per head, recent and sinks included (int tokens, or float share of the prompt); memory= instead: see
+    `Evictor`. recent, sinks: newest slots and first real tokens kept in any case. anchor: "normalized" or "raw" (the
+    paper's variant, another ranking).
+    Acts: at the end of every prompt forward and at every decode step, over survivors and new tokens alike.
+    Raises ValueError when constructed with a bad option, or with a budget of fewer tokens than recent + sinks.
+
+    Paper defaults: prompt in blocks of 128 with eviction after each, nothing protected: ours too, but the host chooses
+    the blocks (a whole prompt in one forward is one block). Deviations: none known.
+    """
+
+    recent: int = 0
+    sinks: int = 0
+    anchor: str = "normalized"
+
+    def __post_init__(self) -> None:
+        for name, tokens in (("recent", self.recent), ("sinks", self.sinks)):
+            if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+                raise ValueError(f"KeyDiff: {name} must be an int of 0 or more tokens, got {tokens!r}")
+        if self.anchor not in ("normalized", "raw"):
+            raise ValueError(f"KeyDiff: anchor must be 'normalized' or 'raw', got {self.anchor!r}")
+        super().__post_init__()
+
+    @property
+    def min_slots(self) -> int:
+        return max(1, self.recent + self.sinks)
+
+    def score(self, kv: KV, step: Step) -> Tensor:
+        keys = kv.keys.dense().float()
+        unit = keys / keys.norm(dim=-1, keepdim=True).clamp(min=_EPS)
+        live = (kv.position >= 0)[..., None]
+        members = unit if self.anchor == "normalized" else keys
+        mean = (members * live).sum(2, keepdim=True) / live.sum(2, keepdim=True).clamp(min=1)
+        direction = mean / mean.norm(dim=-1, keepdim=True).clamp(min=_EPS)
+        return -(unit * direction).sum(-1)
+
+    def protected(self, kv: KV, step: Step, slots: Tensor) -> Tensor:
+        from_newest = (kv.position >= 0).flip(-1).cumsum(-1).flip(-1)  # 1 = the newest slot
+        return (kv.position < self.sinks) | (from_newest <= self.recent)
