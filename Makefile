@@ -35,7 +35,7 @@ format: $(STAMP)  ## rewrite files in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## delete caches and build output; $(VENV) and outputs stay
+clean:  ## delete caches and build output; the environment and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .coverage .coverage.*
 	find kvbench policies kernels conf scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
