@@ -1,8 +1,8 @@
 """The one file that touches transformers: a `Cache` whose layers hold a `KV`, and the attention function that reads it.
 
-How the two meet: attention modules call `cache.update(k, v, layer)` and hand what it returns to the registered attention
-function. `PolicyLayer.update` keeps the new tokens pending and returns them tagged with itself; `_attention` finds the
-layer by that tag, and the layer appends, attends, collects what the policy needs, and applies the policy.
+How the two meet: attention modules call `cache.update(k, v, layer)` and hand what it returns to the registered
+attention function. `PolicyLayer.update` keeps the new tokens pending and returns them tagged with itself; `_attention`
+finds the layer by that tag, and the layer appends, attends, collects what the policy needs, and applies the policy.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ class PolicyLayer(CacheLayerMixin):
             queries=self.queries, query_valid=self.query_valid, **self.geometry,
         )  # fmt: skip
         self.kv = self._cache.policy(self.kv, step)
-        self.queries = self.query_valid = None
+        if not self._cache.records:
+            self.queries = self.query_valid = None
 
     def fork(self, cache: CompressedCache) -> PolicyLayer:
         """A layer of `cache` with the same tokens, sharing their memory until one of the two changes them."""
@@ -174,7 +175,7 @@ class PolicyLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the newest tokens: -n removes n; a positive n (older transformers) keeps n. Evicted slots stay gone."""
+        """Forgets the newest tokens: -n removes n; n > 0 (older transformers) keeps n. Evicted slots stay gone."""
         if self.kv is None:
             return
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns_seen - tokens_to_remove)
@@ -229,6 +230,7 @@ class CompressedCache(Cache):
         self.policy = Stack((policy,))
         self.policy.check(_head_dim(model))
         self.needs = {**self.policy.needs, **{k: max(v, self.policy.needs.get(k, 0)) for k, v in (needs or {}).items()}}
+        self.records = bool(needs)
         self.model = model
         self.is_deferred = False
         self.pending_layer: PolicyLayer | None = None
@@ -252,6 +254,10 @@ class CompressedCache(Cache):
     def full_nbytes(self) -> int:
         """What a 16-bit cache that keeps every token would hold now (pads not counted)."""
         return sum(full_nbytes(layer) for layer in self.layers)
+
+    def row_nbytes(self) -> Tensor:
+        """[B] int64: bytes each batch row would hold alone in the full-attention layers, without spare capacity."""
+        return sum(layer.kv.row_nbytes().cpu() for layer in self.policy_layers())
 
     def ledger(self) -> list[Part]:
         """Every tensor kept alive, by layer and name."""
@@ -300,7 +306,9 @@ class CompressedCache(Cache):
         other = CompressedCache(self.model, policy)
         missing = [k for k, v in other.needs.items() if self.needs.get(k, 0) < v]
         if missing:
-            raise ValueError(f"cannot fork to {policy}: this cache did not collect {missing}; pass needs= when it is made")
+            raise ValueError(
+                f"cannot fork to {policy}: this cache did not collect {missing}; pass needs= when it is made"
+            )
         for i, layer in enumerate(self.layers):
             if isinstance(layer, PolicyLayer):
                 other.layers[i] = layer.fork(other)
@@ -327,10 +335,12 @@ class CompressedCache(Cache):
         if not hasattr(self, "_modules_of_model"):
             self._modules_of_model = {id(m) for m in self.model.modules()}
         if id(module) not in self._modules_of_model:
-            raise ValueError("this cache was made for another model: make a CompressedCache(model, policy) for this one")
+            raise ValueError(
+                "this cache was made for another model: make a CompressedCache(model, policy) for this one"
+            )
 
     def real_tokens(self, mask: Tensor | None, tokens: int) -> Tensor | None:
-        """[B, T] bool: which of the new tokens are real; None if all are. All layers share one mask, so it is read once."""
+        """[B, T] bool: which new tokens are real; None if all are. All layers share one mask, so it is read once."""
         if mask is None:
             return None
         if self._mask[0] is not mask:
@@ -366,7 +376,7 @@ def rotate(x: Tensor, shift: Tensor, inverse_frequency: Tensor) -> Tensor:
 
 
 def _attend_prompt(query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
-    """Causal attention of a prompt on itself. Padded rows are run alone, without their pads: no mask, no T x T matrix."""
+    """Causal attention of a prompt on itself. Padded rows run alone, without pads: no mask, no T x T matrix."""
     if valid is None:
         return attend_causal(query, keys, values, scaling=scaling)
     out = torch.zeros_like(query)
@@ -406,7 +416,13 @@ def _attention(
 
 
 def _attend_masked(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Sliding-window layers of models with softcap or learned sinks, which the fused kernel does not know."""
     tokens, slots = query.shape[2], key.shape[2]
@@ -461,7 +477,9 @@ def _layer_plan(model: PreTrainedModel) -> list[tuple[str, DynamicLayer]]:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; kvbench hooks decoder-only models")
     if getattr(config, "kv_lora_rank", None):
-        raise ValueError(f"{name} uses multi-head latent attention: its cache holds latents, not keys and values per head")
+        raise ValueError(
+            f"{name} uses multi-head latent attention: its cache holds latents, not keys and values per head"
+        )
     if not getattr(model, "_supports_attention_backend", False) or not hasattr(config, "num_attention_heads"):
         raise ValueError(
             f"{name} does not call transformers' attention interface (state-space, linear or custom attention), "
@@ -470,9 +488,14 @@ def _layer_plan(model: PreTrainedModel) -> list[tuple[str, DynamicLayer]]:
     layers = DynamicCache(config=config).layers
     for i, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise ValueError(f"{name}: layer {i} is cached by {type(layer).__name__}; only attention layers with keys and values can be hooked")
+            raise ValueError(
+                f"{name}: layer {i} is cached by {type(layer).__name__}; "
+                "only attention layers with keys and values can be hooked"
+            )
     if all(layer.is_sliding for layer in layers):
-        raise ValueError(f"{name}: every layer is sliding-window attention, already bounded; there is nothing to compress")
+        raise ValueError(
+            f"{name}: every layer is sliding-window attention, already bounded; there is nothing to compress"
+        )
     types = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
     return list(zip(types, layers, strict=True))
 
@@ -500,6 +523,8 @@ def _rotary_frequencies(model: PreTrainedModel, layer_types: set[str]) -> dict[s
             turned.append(apply(probe, probe, cos, sin)[0])
         shift = torch.full((1, 1, 1), 17, device=frequency.device)
         if not torch.allclose(rotate(turned[0], shift, frequency), turned[1], atol=1e-4):
-            raise ValueError(f'the RoPE of {type(model).__name__} cannot be turned after the fact; use positions="original"')
+            raise ValueError(
+                f'the RoPE of {type(model).__name__} cannot be turned after the fact; use positions="original"'
+            )
         found[layer_type] = frequency
     return found

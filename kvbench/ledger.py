@@ -57,7 +57,9 @@ def report(cache: CompressedCache) -> str:
             bits = f"{8 * held[i] / (slots * (kv.keys.shape[3] + kv.values.shape[3])):.2f}" if slots else "-"
         rows.append((str(i), seen, kept, bits, *_bytes(held[i], full_nbytes(layer))))
     rows.append(("total", "", "", "", *_bytes(cache.nbytes, cache.full_nbytes)))
-    return "\n".join([str(cache.policy), *("{:>6} {:>8} {:>8} {:>13} {:>13} {:>13} {:>7}".format(*row) for row in rows)])
+    return "\n".join(
+        [str(cache.policy), *("{:>6} {:>8} {:>8} {:>13} {:>13} {:>13} {:>7}".format(*row) for row in rows)]
+    )
 
 
 def _bytes(held: int, full: int) -> tuple[str, str, str]:

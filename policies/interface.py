@@ -61,7 +61,9 @@ class KV:
 
     def column(self, name: str) -> Tensor:
         if name not in self.columns:
-            raise KeyError(f"this policy needs the column {name!r}, which its host did not supply; got {sorted(self.columns)}")
+            raise KeyError(
+                f"this policy needs the column {name!r}, which its host did not supply; got {sorted(self.columns)}"
+            )
         return self.columns[name]
 
     def append(self, keys: Tensor, values: Tensor, valid: Tensor | None = None, seen: Tensor | None = None) -> KV:
@@ -121,6 +123,15 @@ class KV:
     def nbytes(self) -> int:
         """Bytes of every storage held: codes, scales, zero points, windows, positions, scores, spare capacity."""
         return sum(t.untyped_storage().nbytes() for _, t in self.tensors())
+
+    def row_nbytes(self) -> Tensor:
+        """[B] int64: what each batch row would hold alone: `nbytes` less spare capacity and dead columns."""
+        total = self.keys.row_nbytes() + self.values.row_nbytes()
+        slots = self.counts.per_head
+        for column in self.columns.values():
+            lists = slots if column.shape[1] > 1 or slots.shape[1] == 1 else slots[:, :1]
+            total = total + lists.sum(1) * column.element_size()
+        return total
 
 
 @dataclass(frozen=True)
@@ -259,7 +270,9 @@ class Evictor(Policy):
                 hint = "; write tokens as an int" if what == "budget" and share > 1 else ""
                 raise ValueError(f"{name}: {what}={share} as a share must be above 0 and at most 1{hint}")
         elif share < max(1, self.min_slots):
-            least = f"at least {self.min_slots} (what the policy protects)" if self.min_slots > 1 else "at least 1 token"
+            least = (
+                f"at least {self.min_slots} (what the policy protects)" if self.min_slots > 1 else "at least 1 token"
+            )
             raise ValueError(f"{name}: budget={share} is too small: it must be {least}")
 
     @property
@@ -295,7 +308,7 @@ class Evictor(Policy):
         return torch.tensor([per_row[n] for n in step.prompt.tolist()], device=step.prompt.device)[:, None]
 
     def _slots_for_bytes(self, prompt: int, kv: KV, step: Step) -> int:
-        """The largest number of slots whose exact bytes fit into `memory` of the 16-bit full cache of `prompt` tokens."""
+        """The most slots whose exact bytes fit into `memory` of the 16-bit full cache of `prompt` tokens."""
         _, heads, _, head_dim = kv.keys.shape
         if any(isinstance(p, Quantizer) for p in step.stack[: step.at]):
             raise BudgetError(f"{self}: a byte budget needs the evictor before the quantizer in the stack")
@@ -321,7 +334,7 @@ class Evictor(Policy):
 def select(score: Tensor, kv: KV, slots: Tensor, protected: Tensor | None = None) -> tuple[Tensor, Counts]:
     """The one selection: `protected` slots, then the highest scores, ties to the most recent.
 
-    score [B, H or 1, S]; slots [B, 1] or [B, H]; -> indices [B, H or 1, K] ascending with -1 after the last, and counts.
+    score [B, H or 1, S]; slots [B, 1] or [B, H]; -> indices [B, H or 1, K] ascending, -1 after the last.
     """
     batch, heads, width, _ = kv.keys.shape
     live = kv.position >= 0
@@ -366,13 +379,14 @@ class Quantizer(Policy):
         """keys, values [B, H, T, D] -> packed; see `KV.decode`, `KV.nbytes`, `KV.gather`."""
         if keys.shape[:3] != values.shape[:3] or keys.dim() != 4:
             raise ValueError(
-                f"keys and values must be [batch, kv_heads, tokens, head_dim], got {list(keys.shape)} and {list(values.shape)}"
+                f"keys and values must be [batch, kv_heads, tokens, head_dim], "
+                f"got {list(keys.shape)} and {list(values.shape)}"
             )
         seen = torch.full((keys.shape[0],), keys.shape[2], device=keys.device)
         return self(KV.of(keys, values), Step(layer=0, prompt=seen, seen=seen))
 
     def slot_nbytes(self, slots: Tensor, heads: int, head_dim: int, itemsize: int) -> Tensor:
-        """Exact bytes of keys and values of one row of one layer that holds `slots` (int tensor) dense slots, packed."""
+        """Exact bytes of keys and values of one row of one layer once `slots` (int tensor) dense slots are packed."""
         total = torch.zeros_like(slots)
         for codec, packed in zip(self.codecs(), self.flush(slots), strict=True):
             groups = packed // codec.group

@@ -118,7 +118,9 @@ def take_columns(padded: Tensor, index: Tensor) -> Tensor:
     return padded.gather(2, wide.expand(*index.shape, *padded.shape[3:]))
 
 
-def append_columns(padded: Tensor, counts: Counts, new: Tensor, valid: Tensor | None, spare: bool) -> tuple[Tensor, Counts]:
+def append_columns(
+    padded: Tensor, counts: Counts, new: Tensor, valid: Tensor | None, spare: bool
+) -> tuple[Tensor, Counts]:
     """Appends `new` [B, H, T, ...] after the last live column of each list of `padded` [B, H, >=width, ...].
 
     valid [B, T] bool marks real tokens (None: all real); the others are not stored. With `spare`, the buffer grows
@@ -163,7 +165,9 @@ class Codec(Protocol):
         """x [N, D] (N divisible by `group`) -> per-row tensors [N, ...] and per-group tensors [N / group, ...]."""
         ...
 
-    def decode(self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def decode(
+        self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         """-> [N, D]. `group_of` [N] names each row's group; None: row i belongs to group i // group."""
         ...
 
@@ -201,7 +205,9 @@ class Packed:
     def extend(self, other: Packed) -> Packed:
         """Appends each list of `other` to the same list here; codes and scales are copied, never recomputed."""
         if self.codec != other.codec:
-            raise ValueError(f"slots packed as {self.codec} cannot take slots packed as {other.codec}; use one quantizer")
+            raise ValueError(
+                f"slots packed as {self.codec} cannot take slots packed as {other.codec}; use one quantizer"
+            )
         rows = {k: interleave(v, self.counts, other.rows[k], other.counts) for k, v in self.rows.items()}
         counts = self.counts.plus(other.counts)
         if self.group_of is None and other.group_of is None:
@@ -246,6 +252,21 @@ class Packed:
         if self.group_of is not None:
             yield "group_of", self.group_of
 
+    def row_nbytes(self) -> Tensor:
+        """[B] int64: bytes of the rows, and of the groups they refer to, of each batch row."""
+        slots = self.counts.per_head.sum(1)
+        references = {} if self.group_of is None else {"group_of": self.group_of}
+        total = slots * sum(_entry_nbytes(t) for t in (*self.rows.values(), *references.values()))
+        if not self.groups:
+            return total
+        if self.group_of is None:
+            used = slots // self.codec.group
+        else:
+            used = torch.stack(
+                [part.unique().numel() * slots.new_ones(()) for part in self.group_of.split(slots.tolist())]
+            )
+        return total + used * sum(_entry_nbytes(t) for t in self.groups.values())
+
     def _group_total(self) -> int:
         return next(iter(self.groups.values())).shape[0]
 
@@ -259,6 +280,11 @@ def _narrow(group_of: Tensor) -> Tensor:
     """The smallest integer type that can name every group: the references are part of the bytes."""
     largest = int(group_of.max()) if group_of.numel() else 0
     return group_of.to(torch.int16 if largest < 2**15 else torch.int32)
+
+
+def _entry_nbytes(flat: Tensor) -> int:
+    """Bytes of one entry of [N, ...]."""
+    return flat[0].numel() * flat.element_size() if len(flat) else 0
 
 
 def _select(flat: Tensor, counts: Counts, batch: Tensor) -> Tensor:
@@ -350,3 +376,8 @@ class Held:
     def nbytes(self) -> int:
         """Bytes of the storages held, spare capacity included."""
         return sum(t.untyped_storage().nbytes() for _, t in self.tensors())
+
+    def row_nbytes(self) -> Tensor:
+        """[B] int64: bytes each batch row would hold alone, without spare capacity and dead columns."""
+        total = self.tail_counts.per_head.sum(1) * (self.tail.shape[-1] * self.tail.element_size())
+        return total if self.body is None else total + self.body.row_nbytes()

@@ -1,0 +1,317 @@
+"""Prefill once, compress many: run every stack of a sweep on the same prompts.
+
+Keys, values and signals of an exact prefill do not depend on the policy that compresses afterwards. So each batch of
+samples is prefilled once, and each stack is replayed from that record (`CompressedCache.fork`). What is fed after the
+compression, the *held-back* part, is the query and the answer prefix (query-agnostic), or only the last prompt token
+(query-aware): the first answer token always feels the policy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvbench.cache import CompressedCache
+from kvbench.policies.full import Full
+from kvbench.policies.interface import BudgetError, Evictor, Policy, Stack, Step
+from kvbench.tasks.sample import Sample
+
+
+class Task(Protocol):
+    """What the engine asks of a task; see `kvbench.tasks`."""
+
+    name: str
+    kind: str  # "generate" or "nll"
+
+    def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]: ...
+
+    def score(self, sample: Sample, prediction: str) -> float: ...
+
+
+@dataclass
+class Run:
+    """What one stack did on one task: a row per sample, checks, and why it could not run, if it could not."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    checks: dict[str, Any] = field(default_factory=dict)
+    infeasible: str | None = None
+    seconds: float = 0.0
+
+    def add(self, part: Run) -> None:
+        """Takes in what another batch of the same stack gave."""
+        self.rows = [] if part.infeasible else [*self.rows, *part.rows]
+        self.infeasible = self.infeasible or part.infeasible
+        self.checks = {k: self.checks.get(k, True) and v for k, v in part.checks.items()}
+        self.seconds += part.seconds
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized sample: `prefix` is prefilled and compressed, `held_back` fed afterwards, `target` scored (nll)."""
+
+    sample: Sample
+    prefix: list[int]
+    held_back: list[int]
+    target: list[int]
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(str([self.prefix, self.held_back, self.target]).encode()).hexdigest()
+
+
+def prepare(
+    task: Task, tokenizer: PreTrainedTokenizerBase, query_aware: bool, context_limit: int | None
+) -> list[Prompt]:
+    """Tokenizes the samples of a task and checks that they fit the model."""
+    prompts = []
+    for sample in task.samples(tokenizer):
+        context, query, answer_prefix = sample.segments(tokenizer)
+        if task.kind == "nll":
+            target = list(tokenizer.encode(sample.references[0], add_special_tokens=False))
+            tokens = [*context, *target]
+            prefix, held_back = tokens[: len(context) - 1], tokens[len(context) - 1 : -1]
+            new = 0
+        else:
+            tokens, target, new = [*context, *query, *answer_prefix], [], sample.max_new_tokens
+            cut = len(tokens) - 1 if query_aware or len(context) == len(tokens) else len(context)
+            prefix, held_back = tokens[:cut], tokens[cut:]
+        if not prefix:
+            raise ValueError(
+                f"{sample.sample_id}: empty prompt: there must be tokens to compress before the held-back ones"
+            )
+        if context_limit is not None and len(tokens) + new > context_limit:
+            raise ValueError(
+                f"{sample.sample_id}: {len(tokens)} prompt tokens + {new} new ones exceed the model's context of "
+                f"{context_limit}; use a smaller task.length or another model"
+            )
+        prompts.append(Prompt(sample, prefix, held_back, target))
+    if not prompts:
+        raise ValueError(f"task {task.name} has no samples")
+    return prompts
+
+
+@torch.inference_mode()
+def run_stacks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    stacks: Sequence[Policy],
+    *,
+    query_aware: bool = False,
+    batch_size: int = 16,
+    prefill_chunk: int = 8192,
+    finished: Sequence[Sequence[Run]] = (),
+    on_finished: Callable[[int, Run], None] = lambda index, run: None,
+    on_progress: Callable[[int], None] = lambda steps: None,
+) -> list[Run]:
+    """Runs every stack on every sample of the task; each batch of samples is prefilled once.
+
+    finished: per stack, the batches an earlier, interrupted call has handed to `on_finished`; they are not repeated.
+    on_progress: called with the number of (batch, stack) pairs just finished; there are `steps_of` in all.
+    """
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    prompts = prepare(task, tokenizer, query_aware, limit)
+    stacks = [Stack((policy,)) for policy in stacks]
+    runs = [Run() for _ in stacks]
+    for run, parts in zip(runs, finished or [[]] * len(stacks), strict=True):
+        for part in parts:
+            run.add(part)
+    needs = Stack(tuple(stacks)).needs
+    for batch in _batches(prompts, batch_size):
+        names = {p.sample.sample_id for p in batch}
+        open_runs = [i for i, run in enumerate(runs) if not names <= {row["sample_id"] for row in run.rows}]
+        on_progress(len(runs) - len(open_runs))
+        if all(runs[i].infeasible for i in open_runs):
+            on_progress(len(open_runs))
+            continue
+        started = time.perf_counter()
+        record, mask = _prefill(model, [p.prefix for p in batch], needs, prefill_chunk)
+        prefill_seconds = time.perf_counter() - started
+        for i in open_runs:
+            if runs[i].infeasible is None:
+                part = _replay(model, tokenizer, task, record, mask, stacks[i], batch, prefill_seconds)
+                on_finished(i, part)
+                runs[i].add(part)
+            on_progress(1)
+    order = {p.sample.sample_id: i for i, p in enumerate(prompts)}
+    for run in runs:
+        run.rows.sort(key=lambda row: order[row["sample_id"]])
+    return runs
+
+
+def steps_of(samples: int, stacks: int, batch_size: int) -> int:
+    return math.ceil(samples / batch_size) * stacks
+
+
+def _batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
+    """Prompts of like length together, so that rows are padded little."""
+    ordered = sorted(prompts, key=lambda p: len(p.prefix))
+    return (ordered[i : i + size] for i in range(0, len(ordered), size))
+
+
+def _left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T] and mask [B, T]; pads are token 0, which no policy ever sees."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _forward(model: PreTrainedModel, cache: CompressedCache, ids: Tensor, mask: Tensor, logits: int) -> Tensor:
+    """Feeds ids [B, T] (mask [B, seen + T]) and returns the last `logits` logits [B, logits, V]."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+        logits_to_keep=logits,
+    ).logits  # fmt: skip
+
+
+def _prefill(
+    model: PreTrainedModel, rows: list[list[int]], needs: dict[str, int], chunk: int
+) -> tuple[CompressedCache, Tensor]:
+    """An exact, uncompressed prefill that records the signals `needs`, in chunks: (record, mask [B, T])."""
+    ids, mask = _left_pad(rows, model.device)
+    record = CompressedCache(model, Full(), needs=needs)
+    with record.deferred():
+        for start in range(0, ids.shape[1], chunk):
+            _forward(model, record, ids[:, start : start + chunk], mask[:, : start + chunk], logits=1)
+    return record, mask
+
+
+def _replay(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    record: CompressedCache,
+    mask: Tensor,
+    stack: Stack,
+    batch: list[Prompt],
+    prefill_seconds: float,
+) -> Run:
+    """One stack on one prefilled batch."""
+    started = time.perf_counter()
+    try:
+        cache = record.fork(stack)
+    except BudgetError as error:
+        return Run(infeasible=str(error))
+    compress_seconds = time.perf_counter() - started
+    prefill_bytes, prefill_full = cache.row_nbytes(), _full_row_nbytes(cache)
+    kept = torch.stack([layer.kv.counts.per_head.float().mean(1).cpu() for layer in cache.policy_layers()]).mean(0)
+    checks = _checks(stack, cache, prefill_bytes, prefill_full)
+
+    started = time.perf_counter()
+    ids, new_mask = _left_pad([p.held_back for p in batch], model.device)
+    mask = torch.cat([mask, new_mask], dim=1)
+    if task.kind == "nll":
+        logits = _forward(model, cache, ids, mask, logits=ids.shape[1]).float().log_softmax(-1)
+        outcomes = [_score_target(row[-len(p.target) :], p.target) for row, p in zip(logits, batch, strict=True)]
+        final_bytes, final_full = cache.row_nbytes(), _full_row_nbytes(cache)
+        finals = list(zip(final_bytes.tolist(), final_full.tolist(), strict=True))
+    else:
+        tokens, finals = _generate(model, tokenizer, cache, ids, mask, batch)
+        outcomes = []
+        for prompt, generated in zip(batch, tokens, strict=True):
+            text = tokenizer.decode(generated, skip_special_tokens=True)
+            outcomes.append(
+                {
+                    "prediction": text,
+                    "score": task.score(prompt.sample, text),
+                    "nll": None,
+                    "n_generated": len(generated),
+                }
+            )
+    decode_seconds = time.perf_counter() - started
+    rows = [
+        {
+            "sample_id": prompt.sample.sample_id,
+            "prompt_sha256": prompt.sha256,
+            **outcome,
+            "n_prompt_tokens": len(prompt.prefix) + (0 if task.kind == "nll" else len(prompt.held_back)),
+            "kept_tokens": float(kept[i]),
+            "kv_bytes_prefill_end": int(prefill_bytes[i]),
+            "kv_bytes_final": finals[i][0],
+            "kv_bytes_full": int(prefill_full[i]),
+            "kv_bytes_full_final": finals[i][1],
+            "prefill_s": (prefill_seconds + compress_seconds) / len(batch),
+            "decode_s": decode_seconds / len(batch),
+            "meta": dict(prompt.sample.meta) | {"length": prompt.sample.length},
+        }
+        for i, (prompt, outcome) in enumerate(zip(batch, outcomes, strict=True))
+    ]
+    return Run(rows, checks, seconds=compress_seconds + decode_seconds)
+
+
+def _score_target(log_probabilities: Tensor, target: list[int]) -> dict[str, Any]:
+    nll = -log_probabilities.gather(1, torch.tensor(target, device=log_probabilities.device)[:, None]).mean().item()
+    return {"prediction": "", "score": math.exp(-nll), "nll": nll, "n_generated": 0}
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: CompressedCache,
+    ids: Tensor,
+    mask: Tensor,
+    batch: list[Prompt],
+) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Greedy decoding of the whole batch. Returns per row the tokens before a stop, and (bytes, full bytes) then."""
+    stops = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}
+    generated: list[list[int]] = [[] for _ in batch]
+    finals: list[tuple[int, int] | None] = [None] * len(batch)
+    longest = max(p.sample.max_new_tokens for p in batch)
+    logits = _forward(model, cache, ids, mask, logits=1)
+    for step in range(longest):
+        token = logits[:, -1].argmax(-1)
+        just_done = []
+        for i, (prompt, chosen) in enumerate(zip(batch, token.tolist(), strict=True)):
+            if finals[i] is not None:
+                continue
+            if chosen not in stops:
+                generated[i].append(chosen)
+            text = tokenizer.decode(generated[i]) if prompt.sample.stop else ""
+            full = len(generated[i]) >= prompt.sample.max_new_tokens
+            if chosen in stops or full or any(stop in text for stop in prompt.sample.stop):
+                just_done.append(i)
+        if just_done:
+            now, now_full = cache.row_nbytes(), _full_row_nbytes(cache)
+            for i in just_done:
+                finals[i] = (int(now[i]), int(now_full[i]))
+        if all(f is not None for f in finals) or step == longest - 1:
+            break
+        mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
+        logits = _forward(model, cache, token[:, None], mask, logits=1)
+    return generated, [f for f in finals if f is not None]
+
+
+def _full_row_nbytes(cache: CompressedCache) -> Tensor:
+    """[B] bytes of a 16-bit cache that keeps every token of the row, full-attention layers."""
+    total = 0
+    for layer in cache.policy_layers():
+        per_token = 2 * sum(held.shape[1] * held.shape[3] for held in (layer.kv.keys, layer.kv.values))
+        total = total + layer.seen.cpu() * per_token
+    return total
+
+
+def _checks(stack: Stack, cache: CompressedCache, held: Tensor, full: Tensor) -> dict[str, bool]:
+    """Whether the policy did something, and whether the measured bytes and slots respect its budget."""
+    dense = full * (cache.policy_layers()[0].kv.keys.dtype.itemsize / 2)
+    asked = [p for p in stack.policies if not isinstance(p, Full)]
+    fired = not asked or bool((held < dense).all())
+    evictors = [p for p in asked if isinstance(p, Evictor)]
+    bytes_ok = all(bool((held <= p.memory * full).all()) for p in evictors if p.memory is not None)
+    if evictors and all(p.memory is None for p in evictors):
+        for layer in cache.policy_layers():
+            step = Step(layer.index, layer.prompt, layer.seen)
+            budgets = [p.slots(layer.kv, step) for p in evictors]
+            least = torch.stack([layer.seen[:, None], *budgets]).amin(0)
+            bytes_ok &= bool((layer.kv.counts.per_head == least).all())
+    return {"fired": fired, "bytes_ok": bytes_ok}

@@ -1,0 +1,346 @@
+"""From Hydra configs to result cells: plan, skip what is there, run groups that share prefills, write each cell.
+
+Hydra calls `run_jobs` with one config (`kvbench …`) or with all configs of a sweep (`kvbench -m …`). Cells that name
+the same thing (the full cache at three byte budgets, say) are one cell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kvbench.engine import Run, Task, prepare, run_stacks, steps_of
+from kvbench.policies.full import Full
+from kvbench.policies.interface import Policy, Stack
+from kvbench.results import ResultsError, canonical, cell_id, has_cell, write_cell
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class UserError(Exception):
+    """Something the user can put right; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One cell to run. `group`: cells with an equal one share prefills."""
+
+    config: dict[str, Any]
+    policy: Policy
+    task: Task
+    batch_size: int
+    out: Path
+    wandb: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return cell_id(self.config)
+
+    @property
+    def group(self) -> str:
+        return canonical([{k: v for k, v in self.config.items() if k != "policy"}, self.batch_size, str(self.out)])
+
+    @property
+    def partial(self) -> Path:
+        return self.out / "partial" / f"{self.id}.jsonl"
+
+
+def application() -> None:
+    """The Hydra application behind `kvbench`."""
+    from kvbench.launcher import SharedPrefillLauncher
+
+    Plugins.instance().register(SharedPrefillLauncher)
+    hydra.main(version_base="1.3", config_path="pkg://kvbench.conf", config_name="config")(_single)()
+
+
+def _single(config: DictConfig) -> None:
+    OmegaConf.set_struct(config, False)
+    config.hydra = HydraConfig.get()
+    run_jobs([config])
+
+
+def run_jobs(configs: Sequence[DictConfig]) -> None:
+    """Runs the cells these configs name, and the full-cache cells they are compared with."""
+    with _one_line_errors():
+        plans: dict[str, Plan] = {}
+        for config in configs:
+            for plan in plan_cells(config):
+                plans.setdefault(plan.id, plan)
+        groups: dict[str, list[Plan]] = {}
+        for plan in plans.values():
+            if not has_cell(plan.out, plan.id):
+                groups.setdefault(plan.group, []).append(plan)
+        ready = len(plans) - sum(map(len, groups.values()))
+        if ready:
+            print(f"{ready} of {len(plans)} cells are already there")
+        cells = _run_groups(list(groups.values())) if groups else []
+        _summarize(cells, sorted({str(p.out) for p in plans.values()}))
+
+
+def plan_cells(config: DictConfig) -> list[Plan]:
+    """The cell a config asks for, the full cache on the same prompts, and that once more (the A/A noise floor)."""
+    choices = config.hydra.runtime.choices
+    task = hydra.utils.instantiate(config.task)
+    evict = hydra.utils.instantiate(config.evict, **_budget(config, choices.evict))
+    quant = hydra.utils.instantiate(config.quant)
+    members = [p for p in (evict, quant) if not isinstance(p, Full)]
+    if config.model.dtype not in DTYPES:
+        raise UserError(f"model.dtype={config.model.dtype} is not one of {', '.join(DTYPES)}")
+    if config.batch_size < 1:
+        raise UserError(f"batch_size={config.batch_size} must be at least 1")
+    fields = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}  # type: ignore[arg-type]
+    base = {
+        "model": {k: config.model[k] for k in ("name", "path", "dtype")},
+        "task": json.loads(json.dumps({"name": task.name, "kind": task.kind, **fields})),
+        "query_aware": bool(config.query_aware),
+        "seed": int(config.seed),
+    }
+    wandb = OmegaConf.to_container(config.wandb)
+
+    def cell(policy: Policy, names: dict[str, Any], model: dict[str, Any], batch_size: int) -> Plan:
+        described = {"memory": None, "budget": None, **names, "stack": str(policy)}
+        full = {**base, "model": {**base["model"], **model}, "policy": described}
+        return Plan(full, policy, task, batch_size, Path(config.out), wandb)
+
+    names = {"evict": choices.evict, "quant": choices.quant}
+    if not isinstance(evict, Full):
+        names |= {"memory": config.memory, "budget": config.budget}
+    full = {"evict": "full", "quant": "none"}
+    plans = [
+        cell(Stack(tuple(members)), names, {}, config.batch_size),
+        cell(Stack(()), full, {}, config.batch_size),
+    ]
+    if config.noise_floor and config.batch_size > 1:
+        other = max(1, config.batch_size // 2)
+        plans.append(cell(Stack(()), full, {"batch_size": other}, other))
+    return plans
+
+
+def _budget(config: DictConfig, evict: str) -> dict[str, Any]:
+    if evict == "full":
+        return {}
+    if (config.budget is None) == (config.memory is None):
+        raise UserError(
+            f"evict={evict} needs one of memory= (share of bytes) or budget= (tokens or share of the prompt)"
+        )
+    return {"memory": config.memory} if config.budget is None else {"budget": config.budget}
+
+
+def _run_groups(groups: list[list[Plan]]) -> list[dict[str, Any]]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    cells: list[dict[str, Any]] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    loaded: tuple[str, Any] = ("", None)
+    with Progress(*columns) as progress, _tracker(groups[0][0].wandb) as track:
+        bar = progress.add_task("sweep", total=None)
+        sizes: list[int] = []
+        for i, group in enumerate(groups):
+            model_config = {k: v for k, v in group[0].config["model"].items() if k != "batch_size"}
+            if loaded[0] != canonical(model_config):
+                progress.update(bar, description=f"loading {model_config['name']}")
+                loaded = (canonical(model_config), load_model(**model_config))
+            model, tokenizer = loaded[1]
+            task = group[0].task
+            prepared = len(prepare(task, tokenizer, group[0].config["query_aware"], None))
+            sizes.append(steps_of(prepared, len(group), group[0].batch_size))
+            later = sum(len(g) for g in groups[i + 1 :]) * steps_of(prepared, 1, group[0].batch_size)
+            progress.update(bar, description=f"{task.name} × {len(group)} stacks", total=sum(sizes) + later)
+            started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            runs = _run_group(model, tokenizer, group, lambda n: progress.advance(bar, n))
+            for plan, run in zip(group, runs, strict=True):
+                cell = _to_cell(plan, run, started, model)
+                write_cell(plan.out, cell)
+                plan.partial.unlink(missing_ok=True)
+                track(cell)
+                cells.append(cell)
+            progress.update(bar, completed=sum(sizes))
+        for group in groups:
+            if group[0].partial.parent.is_dir() and not any(group[0].partial.parent.iterdir()):
+                group[0].partial.parent.rmdir()
+    return cells
+
+
+def _run_group(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, group: list[Plan], advance: Any
+) -> list[Run]:
+    """Runs a group, keeping finished batches on disk so that a killed sweep repeats nothing."""
+
+    def keep(index: int, run: Run) -> None:
+        path = group[index].partial
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(run)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    return run_stacks(
+        model, tokenizer, group[0].task, [p.policy for p in group],
+        query_aware=group[0].config["query_aware"], batch_size=group[0].batch_size,
+        finished=[_read_partial(p.partial) for p in group], on_finished=keep, on_progress=advance,
+    )  # fmt: skip
+
+
+def _read_partial(path: Path) -> list[Run]:
+    if not path.exists():
+        return []
+    runs = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            runs.append(Run(**json.loads(line)))
+        except ValueError:
+            break  # the process died while writing this line
+    return runs
+
+
+def load_model(
+    name: str, path: str, dtype: str, device_map: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer from the Hub, a folder, or ("proving") this package."""
+    source = str(files("kvbench") / "assets" / "proving") if path == "proving" else path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], device_map=device_map)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load model.path={path}: {reason}") from error
+    if device_map is None and torch.cuda.is_available():
+        model = model.to("cuda")
+    return model.eval(), tokenizer
+
+
+def _to_cell(plan: Plan, run: Run, started: str, model: PreTrainedModel) -> dict[str, Any]:
+    status, reason = "done", None
+    if run.infeasible is not None:
+        status, reason = "infeasible", run.infeasible
+    elif not run.checks.get("fired", True):
+        status, reason = "failed", f"{plan.policy} changed nothing: the prompts are too short for it to act"
+    elif not run.checks.get("bytes_ok", True):
+        status, reason = "failed", f"{plan.policy} does not hold the bytes or slots its budget asks for"
+    return {
+        "schema": 1,
+        "cell_id": plan.id,
+        "config": plan.config,
+        "status": status,
+        "reason": reason,
+        "provenance": {
+            "commit": _commit(),
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "versions": {
+                "kvbench": version("kvbench"),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": version("transformers"),
+            },
+            "device": _device(model),
+            "started": started,
+            "seconds": run.seconds,
+        },
+        "samples": run.rows,
+        "checks": run.checks,
+    }
+
+
+def _commit() -> str:
+    """The commit of the checkout kvbench runs from, "+" if it has changes; empty when it is installed otherwise."""
+    try:
+        here = Path(__file__).resolve().parent
+        ask = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+        return subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _device(model: PreTrainedModel) -> str:
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+@contextmanager
+def _tracker(config: dict[str, Any]) -> Iterator[Any]:
+    """A function that logs a finished cell to wandb, or does nothing."""
+    if config["mode"] == "disabled":
+        yield lambda cell: None
+        return
+    if config["mode"] not in ("online", "offline"):
+        raise UserError(f"wandb.mode={config['mode']} is not one of disabled, online, offline")
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("wandb.mode asks for wandb, which is not installed: pip install 'kvbench[wandb]'") from error
+    with wandb.init(project=config["project"], mode=config["mode"]) as run:
+
+        def log(cell: dict[str, Any]) -> None:
+            rows = cell["samples"]
+            name = f"{cell['config']['task']['name']}/{cell['config']['policy']['stack']}"
+            if rows:
+                held, full = (sum(r[k] for r in rows) for k in ("kv_bytes_prefill_end", "kv_bytes_full"))
+                run.log(
+                    {f"{name}/score": sum(r["score"] for r in rows) / len(rows), f"{name}/bytes_ratio": held / full}
+                )
+
+        yield log
+
+
+def _summarize(cells: list[dict[str, Any]], folders: list[str]) -> None:
+    done = [c for c in cells if c["status"] == "done"]
+    seconds = sum(c["provenance"]["seconds"] for c in cells)
+    print(f"{len(done)} cells finished" + (f" ({seconds:.0f} s in their stacks)" if cells else ""))
+    for cell in cells:
+        if cell["status"] != "done":
+            print(f"{cell['status']}: {cell['config']['task']['name']}: {cell['reason']}")
+    if len(cells) == 1 and len(folders) == 1 and done:
+        rows = done[0]["samples"]
+        print(f"score {sum(r['score'] for r in rows) / len(rows):.3f}")
+    for folder in folders:
+        print(f"kvbench leaderboard {folder}")
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turns what a user can put right into one line; anything else keeps its traceback."""
+    try:
+        yield
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise UserError(str(cause).splitlines()[0]) from error
+    except (ValueError, ResultsError, OmegaConfBaseException) as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    except OSError as error:
+        raise UserError(f"{error.strerror or error}: {error.filename or ''}; finished cells are kept") from error
