@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.kernels.packing import cast, decode_e4m3, encode_e4m3
+from kvbench.kernels.packing import cast, decode_e4m3, divide, encode_e4m3
 from kvbench.policies.interface import Quantizer
 from kvbench.policies.store import Codec
 
@@ -58,7 +58,7 @@ class E4M3:
     group: ClassVar[int] = 1
 
     def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return {"codes": encode_e4m3(x.float() / self.scale)}, {}
+        return {"codes": encode_e4m3(divide(x.float(), self.scale))}, {}
 
     def decode(
         self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.kernels.packing import cast, pack_planar, unpack_planar
+from kvbench.kernels.packing import cast, divide, pack_planar, unpack_planar
 from kvbench.policies.interface import Quantizer
 from kvbench.policies.store import Codec
 
@@ -137,7 +137,7 @@ def _affine(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     x = x.float()
     top = 2**bits - 1
     low, high = x.aminmax(dim=dim, keepdim=True)
-    scale, zero = ((high - low) / top).half(), low.half()
+    scale, zero = divide(high - low, top).half(), low.half()
     if not bool((scale.isfinite() & zero.isfinite()).all()):
         raise ValueError(
             f"KIVI stores scale and zero point as fp16, at most 65504; keys or values reach {float(x.abs().max()):.6g}"

@@ -19,6 +19,7 @@ from kvbench.kernels.packing import (
     cast,
     decode_e2m1,
     decode_e4m3,
+    divide,
     encode_e2m1,
     encode_e4m3,
     pack_interleaved,
@@ -82,7 +83,7 @@ class E2M1Blocks:
     def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         x = x.float().unflatten(1, (-1, _BLOCK))
         largest = x.abs().amax(2)
-        scale = encode_e4m3(torch.where(largest > 0, (largest / self.tensor_scale).clamp(min=_SMALLEST_E4M3), 1.0))
+        scale = encode_e4m3(torch.where(largest > 0, divide(largest, self.tensor_scale).clamp(min=_SMALLEST_E4M3), 1.0))
         codes = encode_e2m1(x / self._decoded(scale)[..., None])
         codes = torch.where(largest[..., None] > 0, codes, 0)  # a block of -0 would give codes 8
         return {"codes": pack_interleaved(codes.flatten(1), 4), "scale": scale}, {}

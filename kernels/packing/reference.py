@@ -92,7 +92,7 @@ def encode_e2m1(x: Tensor) -> Tensor:
 
 def decode_e2m1(codes: Tensor) -> Tensor:
     """E2M1 codes uint8 -> float32 of the same shape, exact."""
-    table = torch.tensor([*_E2M1, *(-x for x in _E2M1)], device=codes.device)
+    table = torch.tensor([*_E2M1, *(-x for x in _E2M1)], dtype=torch.float32, device=codes.device)
     return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
@@ -114,6 +114,11 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16:
         x = x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
     return x.to(dtype)
+
+
+def divide(x: Tensor, by: float) -> Tensor:
+    """x / by, rounded once on every device, so that stored bytes agree: CUDA would multiply by 1 / by."""
+    return x / x.new_full((), by)
 
 
 def _per_byte(bits: int, channels: int) -> int:
