@@ -62,7 +62,8 @@ class SnapKV(Evictor):
 
     def score(self, kv: KV, step: Step) -> Tensor:
         batch, heads = kv.counts.shape
-        votes = step.attention(kv).sum(2)  # [B, Hq, S]
+        # The last rows only: another policy of the stack may have asked for more queries.
+        votes = step.attention(kv)[:, :, -self.window :].sum(2)  # [B, Hq, S]
         raw = votes.view(batch, heads, votes.shape[1] // heads, -1).mean(2)
         outside = (kv.position < 0) | self._in_window(kv, step)
         if self.pooling == "max":
@@ -75,7 +76,8 @@ class SnapKV(Evictor):
     def _in_window(self, kv: KV, step: Step) -> Tensor:
         """[B, H or 1, S] bool: the newest slots, as many as real queries came."""
         assert step.queries is not None  # step.attention has raised
-        real = step.query_valid
-        came = torch.full_like(step.seen, step.queries.shape[2]) if real is None else real.sum(1)
+        every = torch.ones_like(step.queries[:, 0, :, 0], dtype=torch.bool)
+        real = every if step.query_valid is None else step.query_valid
+        came = real[:, -self.window :].sum(1)
         from_newest = (kv.position >= 0).flip(-1).cumsum(-1).flip(-1)  # 1 = the newest slot
         return from_newest <= came[:, None, None]

@@ -1,0 +1,445 @@
+"""Laws that every evictor obeys, over every file of conf/evict, and the arithmetic of budgets and selection."""
+
+import importlib.resources
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kvbench.policies
+from kvbench.kernels.attention import column_sums
+from kvbench.policies import (
+    H2O,
+    KV,
+    POLICIES,
+    BudgetError,
+    Evictor,
+    KeyDiff,
+    Policy,
+    Quantizer,
+    Random,
+    SnapKV,
+    Stack,
+    Step,
+    StreamingLLM,
+    select,
+)
+
+HEADS, GROUP, DIM, SCALING = 2, 2, 8, 0.5
+CONF = {
+    file.name.removesuffix(".yaml"): yaml.safe_load(file.read_text())
+    for file in (importlib.resources.files("kvbench") / "conf" / "evict").iterdir()
+    if file.name.endswith(".yaml")
+}
+TARGETS = {name: getattr(kvbench.policies, conf["_target_"].rpartition(".")[2]) for name, conf in sorted(CONF.items())}
+EVICTORS = [name for name, cls in TARGETS.items() if issubclass(cls, Evictor)]
+
+
+def build(name: str, budget: Any = 40, **options: Any) -> Policy:
+    given_options = {k: v for k, v in CONF[name].items() if k != "_target_"} | options
+    return TARGETS[name](budget=budget, **given_options) if name in EVICTORS else TARGETS[name](**given_options)
+
+
+@dataclass
+class Tokens:
+    """Rows of tokens, the pads of short rows on the left."""
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    lengths: list[int]
+
+    def part(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        first = self.keys.shape[2] - torch.tensor(self.lengths)
+        valid = torch.arange(start, stop) >= first[:, None]
+        return (*(x[:, :, start:stop] for x in (self.keys, self.values, self.queries)), valid)
+
+    def row(self, b: int) -> "Tokens":
+        """Row b alone, without its pads."""
+        one = (x[b : b + 1, :, -self.lengths[b] :] for x in (self.keys, self.values, self.queries))
+        return Tokens(*one, [self.lengths[b]])
+
+
+def tokens(*lengths: int, heads: int = HEADS) -> Tokens:
+    """Keys and queries large enough that attention is far from flat."""
+    shape = (len(lengths), heads, max(lengths), DIM)
+    queries = 2 * torch.randn(shape[0], heads * GROUP, *shape[2:])
+    return Tokens(torch.randn(shape) + torch.randn(1, heads, 1, DIM), torch.randn(shape), queries, list(lengths))
+
+
+class Host:
+    """The smallest host: appends, supplies what the policy needs, applies it."""
+
+    def __init__(self, policy: Policy, data: Tokens) -> None:
+        self.policy, self.data, self.at = policy, data, 0
+        none = data.keys[:, :, :0]
+        columns = {"attention": none[..., 0].float()} if "attention" in policy.needs else {}
+        self.kv = KV(KV.of(none, none).keys, KV.of(none, none).values, columns)
+        self.seen = self.prompt = torch.zeros(len(data.lengths), dtype=torch.int64)
+
+    def before(self, amount: int) -> tuple[KV, Step]:
+        """What the policy is called with after the next `amount` tokens."""
+        keys, values, queries, valid = self.data.part(self.at, self.at + amount)
+        decoding = amount == 1 and self.at > 0
+        self.at += amount
+        at = self.seen[:, None] + (valid.cumsum(1) - 1).clamp(min=0)
+        kv = self.kv.append(keys, values, valid, self.seen)
+        if "attention" in kv.columns:
+            new = column_sums(queries, kv.keys.dense(), at, kv.position, scaling=SCALING, query_valid=valid)
+            kv = KV(kv.keys, kv.values, {**kv.columns, "attention": kv.columns["attention"] + new})
+        self.seen = self.seen + valid.sum(1)
+        self.prompt = self.prompt if decoding else self.seen
+        step = Step(layer=1, prompt=self.prompt, seen=self.seen, decoding=decoding, scaling=SCALING)
+        if window := self.policy.needs.get("queries"):
+            step = replace(step, queries=queries[:, :, -window:], query_valid=valid[:, -window:])
+        return kv, step
+
+    def forward(self, amount: int) -> KV:
+        self.kv = self.policy(*self.before(amount))
+        return self.kv
+
+
+def prefilled(policy: Policy, *lengths: int) -> tuple[KV, Step]:
+    return Host(policy, tokens(*lengths)).before(max(lengths))
+
+
+def contents(kv: KV) -> dict[str, Tensor]:
+    return {"keys": kv.keys.dense(), "values": kv.values.dense(), "position": kv.position, **kv.columns}
+
+
+def assert_same(a: KV, b: KV) -> None:
+    a, b = contents(a), contents(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+every_policy = pytest.mark.parametrize("name", list(TARGETS))
+every_evictor = pytest.mark.parametrize("name", EVICTORS)
+
+
+def test_every_evictor_has_its_file():
+    assert {cls for cls in POLICIES.values() if issubclass(cls, Evictor)} <= set(TARGETS.values())
+
+
+@every_policy
+def test_the_file_lists_every_option_with_its_default(name):
+    defaults = {f.name: f.default for f in fields(TARGETS[name]) if f.name not in ("budget", "memory")}
+    assert CONF[name] == {"_target_": f"kvbench.policies.{TARGETS[name].__name__}", **defaults}
+
+
+@every_policy
+def test_a_policy_is_a_value(name):
+    policy = build(name)
+    assert policy == build(name) and hash(policy) == hash(build(name))
+    assert eval(str(policy), dict(POLICIES)) == policy
+
+
+@every_policy
+@pytest.mark.parametrize("budget", [60, 67, 1.0])
+def test_a_budget_for_everything_changes_nothing(name, budget):
+    host = Host(build(name, budget), tokens(60, 53))
+    untouched = Host(replace(host.policy), host.data)
+    for amount in (41, 17, 1, 1) if budget != 1.0 else (41, 19):
+        kv = host.forward(amount)
+        untouched.kv = untouched.before(amount)[0]
+        assert_same(kv, untouched.kv)
+        assert "position" not in kv.columns  # an untouched cache pays nothing for it
+
+
+@every_evictor
+def test_budget_subset_order_and_alignment_at_every_step(name):
+    data = tokens(64, 57)
+    policy = build(name)
+    host = Host(policy, data)
+    held = [[set() for _ in range(HEADS)] for _ in range(2)]
+    seen, grown = [0, 0], 0
+    for amount in (50, 8, *[1] * 6):
+        valid = data.part(host.at, host.at + amount)[3].sum(1).tolist()
+        kv = host.forward(amount)
+        grown += amount == 1 and not policy.evicts_while_decoding
+        assert (kv.counts.per_head.sum(1) <= HEADS * (40 + grown)).all()
+        assert kv.counts.width == 40 + grown
+        position = kv.position.expand(2, HEADS, -1)
+        assert torch.equal(position >= 0, torch.arange(kv.counts.width) < kv.counts.per_head[..., None])
+        for b in range(2):
+            real = data.row(b)
+            for h in range(HEADS):
+                kept = position[b, h][position[b, h] >= 0].tolist()
+                assert kept == sorted(set(kept))
+                assert set(kept) <= held[b][h] | set(range(seen[b], seen[b] + valid[b]))
+                assert torch.equal(kv.keys.dense()[b, h, : len(kept)], real.keys[0, h, kept])
+                assert torch.equal(kv.values.dense()[b, h, : len(kept)], real.values[0, h, kept])
+                held[b][h] = set(kept)
+            seen[b] += valid[b]
+
+
+@every_evictor
+def test_at_the_budget_nothing_more_happens(name):
+    policy = build(name)
+    kv, step = prefilled(policy, 60, 57)
+    kept = policy(kv, step)
+    assert policy(kept, step) is kept
+
+
+@every_evictor
+def test_inputs_are_left_alone_and_bytes_are_real(name):
+    policy = build(name)
+    kv, step = prefilled(policy, 60, 53)
+    copies = {k: v.clone() for k, v in contents(kv).items()}
+    kept = policy(kv, step)
+    for key, tensor in contents(kv).items():
+        assert torch.equal(tensor, copies[key]), key
+    # Evicting frees: no storage holds more than its tensor, and none is shared with the input.
+    assert kept.nbytes == sum(t.numel() * t.element_size() for _, t in kept.tensors())
+    assert not {t.data_ptr() for _, t in kept.tensors()} & {t.data_ptr() for _, t in kv.tensors()}
+
+
+@every_policy
+def test_a_stack_of_one_is_the_policy_and_nesting_does_not_matter(name):
+    policy, second, third = build(name), Random(36), StreamingLLM(34)
+    kv, step = prefilled(policy, 60, 53)
+    assert_same(Stack((policy,))(kv, step), policy(kv, step))
+    assert_same(Stack(())(kv, step), kv)
+    left, right = Stack((Stack((policy, second)), third)), Stack((policy, Stack((second, third))))
+    assert left == right == policy | second | third == policy | (second | third)
+    assert_same(left(kv, step), third(second(policy(kv, step), step), step))
+
+
+@every_policy
+def test_after_another_evictor(name):
+    policy = Random(50) | build(name)
+    kv, step = prefilled(policy, 60, 57)
+    kept, first = policy(kv, step).position, Random(50)(kv, step).position
+    for b in range(2):
+        for h in range(HEADS):
+            assert set(kept.expand(2, HEADS, -1)[b, h].tolist()) <= set(first[b, h].tolist())
+
+
+@every_evictor
+def test_what_is_needed_and_absent_is_named(name):
+    policy = build(name)
+    kv, step = prefilled(policy, 60)
+    for need in policy.needs:
+        if need == "queries":
+            with pytest.raises(ValueError, match="needs the last queries"):
+                policy(kv, replace(step, queries=None, query_valid=None))
+        else:
+            columns = {k: v for k, v in kv.columns.items() if k != need}
+            with pytest.raises(KeyError, match=f"needs the column '{need}'"):
+                policy(KV(kv.keys, kv.values, columns), step)
+
+
+@every_evictor
+def test_a_padded_row_is_scored_and_kept_as_alone(name):
+    policy, data = build(name), tokens(70, 43, 61)
+    host, alone = Host(policy, data), [Host(policy, data.row(b)) for b in range(3)]
+    kv, step = host.before(70)
+    score = policy.score(kv, step)
+    kv.keys.tail[~kv.counts.live()] = 1e3
+    assert torch.equal(
+        policy.score(kv, step)[kv.position.expand_as(score) >= 0], score[kv.position.expand_as(score) >= 0]
+    )
+    kept = policy(kv, step).position
+    for b, single in enumerate(alone):
+        one, its_step = single.before(data.lengths[b])
+        live = slice(0, data.lengths[b])
+        torch.testing.assert_close(score[b, :, live], policy.score(one, its_step)[0], atol=1e-5, rtol=1e-5)
+        expected = policy(one, its_step).position[0]
+        assert torch.equal(kept[b, :, : expected.shape[-1]], expected)
+        assert (kept[b, :, expected.shape[-1] :] == -1).all()
+
+
+@every_evictor
+def test_a_share_is_taken_of_each_rows_own_prompt(name):
+    policy = build(name, 0.75)
+    kept = policy(*prefilled(policy, 80, 60))
+    assert kept.counts.per_head.tolist() == [[60] * HEADS, [45] * HEADS]
+
+
+@every_evictor
+def test_a_larger_budget_keeps_all_that_a_smaller_one_does(name):
+    data, previous = tokens(60), None
+    for budget in (33, 40, 47, 54):
+        policy = build(name, budget)
+        position = Host(policy, data).forward(60).position.expand(1, HEADS, -1)[0]
+        kept = [set(row.tolist()) for row in position]
+        assert previous is None or all(a <= b for a, b in zip(previous, kept, strict=True))
+        previous = kept
+
+
+@every_evictor
+def test_heads_do_not_see_each_other(name):
+    policy = build(name, per_head=False) if name == "random" else build(name)
+    data, order = tokens(60, heads=3), [2, 0, 1]
+    grouped = data.queries.unflatten(1, (3, GROUP))[:, order].flatten(1, 2)
+    moved = Tokens(data.keys[:, order], data.values[:, order], grouped, data.lengths)
+    kept, kept_moved = (Host(policy, x).forward(60).position.expand(1, 3, -1) for x in (data, moved))
+    assert torch.equal(kept_moved, kept[:, order])
+
+
+# -- selection -------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def selections(draw: Callable) -> tuple[list[list[int]], list[list[bool]], int]:
+    """Scores (few values, many ties) and protection of two lists, and slots enough for what is protected."""
+    lengths = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    scores = [draw(st.lists(st.integers(-2, 2), min_size=n, max_size=n)) for n in lengths]
+    protected = [draw(st.lists(st.booleans(), min_size=n, max_size=n)) for n in lengths]
+    return scores, protected, draw(st.integers(max(1, *(sum(p) for p in protected)), 10))
+
+
+@given(selections())
+def test_selection_is_protected_then_highest_then_newest(case):
+    scores, protected, slots = case
+    width = max(map(len, scores))
+    score, shield = torch.full((2, 1, width), 9.0), torch.ones(2, 1, width, dtype=torch.bool)  # dead columns look best
+    position = torch.full((2, 1, width), -1, dtype=torch.int32)
+    for b, row in enumerate(scores):
+        score[b, 0, : len(row)] = torch.tensor(row)
+        shield[b, 0, : len(row)] = torch.tensor(protected[b])
+        position[b, 0, : len(row)] = torch.arange(len(row))
+    kv = KV(*(KV.of(x, x).keys for x in (torch.zeros(2, 1, width, 2),) * 2), {"position": position})
+    indices, counts = select(score, kv, torch.full((2, 1), slots), shield)
+    for b, row in enumerate(scores):
+        order = sorted(range(len(row)), key=lambda s: (not protected[b][s], -row[s], -s))
+        expected = sorted(order[:slots])
+        assert indices[b, 0].tolist() == expected + [-1] * (indices.shape[-1] - len(expected))
+        assert counts.per_head[b, 0] == len(expected)
+
+
+# -- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def at_prompt(*prompt: int, **more: Any) -> Step:
+    return Step(0, torch.tensor(prompt), torch.tensor(prompt), **more)
+
+
+def test_shares_keep_what_one_expects():
+    assert Random(0.1).slots(None, at_prompt(100)).tolist() == [[10]]
+    assert Random(0.9).slots(None, at_prompt(100)).tolist() == [[90]]
+    assert Random(0.5).slots(None, at_prompt(100, 101, 1)).tolist() == [[50], [51], [1]]
+    assert Random(7).slots(None, at_prompt(100, 5)).tolist() == [[7], [7]]
+    assert KeyDiff(0.1, recent=5, sinks=4).slots(None, at_prompt(100, 20)).tolist() == [[10], [9]]
+
+
+@given(st.integers(1, 2_000_000), st.integers(1, 100))
+def test_a_share_in_percent_is_exact(prompt, percent):
+    kept = int(Random(percent / 100).slots(None, at_prompt(prompt)))
+    assert kept == max(1, prompt - prompt * (100 - percent) // 100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "Random: give either budget= .* or memory="),
+        ({"budget": 0.5, "memory": 0.5}, "Random: give either budget= .* or memory="),
+        ({"budget": 0}, "budget=0 is too small: it must be at least 1 token"),
+        ({"budget": -3}, "budget=-3 is too small: it must be at least 1 token"),
+        ({"budget": 0.0}, "budget=0.0 as a share must be above 0 and at most 1"),
+        ({"budget": 512.0}, "budget=512.0 as a share must be above 0 and at most 1; write tokens as an int"),
+        ({"budget": float("nan")}, "budget=nan as a share must be above 0 and at most 1"),
+        ({"budget": "half"}, "budget must be a number, got 'half'"),
+        ({"budget": True}, "budget must be a number, got True"),
+        ({"memory": 2}, "memory=2 as a share must be above 0 and at most 1"),
+        ({"memory": 0}, "memory=0 as a share must be above 0 and at most 1"),
+    ],
+)
+def test_bad_budgets(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Random(**arguments)
+
+
+@dataclass(frozen=True)
+class ToyCodec:
+    """int8 codes, a float16 per row, a float32 per `group` rows."""
+
+    group: int
+
+    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        codes = x.round().clamp(-127, 127).to(torch.int8)
+        return {"codes": codes, "mean": x.mean(-1).half()}, {"scale": torch.ones(len(x) // self.group)}
+
+    def decode(
+        self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        return rows["codes"].to(dtype)
+
+    def row_nbytes(self, head_dim: int) -> int:
+        return head_dim + 2
+
+    def group_nbytes(self, head_dim: int) -> int:
+        return 4
+
+
+@dataclass(frozen=True)
+class Toy(Quantizer):
+    """Keys packed by fours, the last two of a list left as they are; values packed at once."""
+
+    def codecs(self) -> tuple[ToyCodec, ToyCodec]:
+        return ToyCodec(4), ToyCodec(1)
+
+    def flush(self, tail: Tensor) -> tuple[Tensor, Tensor]:
+        return (tail - 2).clamp(min=0) // 4 * 4, tail
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("evictor", [Random, H2O, StreamingLLM, SnapKV, KeyDiff])
+def test_memory_gives_the_most_slots_whose_bytes_fit(evictor, packed, dtype):
+    for prompt in (41, 60):
+        data = tokens(prompt)
+        data.keys, data.values = data.keys.to(dtype), data.values.to(dtype)
+        data.queries = data.queries.to(dtype)
+        for memory in (0.3, 0.55, 0.9, 1.0):
+            options = {"window": 1} if evictor is SnapKV else {}
+            policy = evictor(memory=memory, **options)
+            stack = policy | Toy() if packed else Stack((policy,))
+            kv, step = Host(stack, data).before(prompt)
+            full = 2 * prompt * HEADS * DIM * 2
+            fits = 0
+            for slots in range(1, prompt + 1):
+                lists = 1 if policy.shared_over_heads else HEADS
+                held = kv if slots == prompt else kv.gather(torch.arange(slots).expand(1, lists, -1))
+                held = Toy()(held, step) if packed else held
+                fits = slots if held.nbytes <= memory * full else fits
+            assert policy.slots(kv, replace(step, stack=stack.policies, at=0)).tolist() == [[fits]]
+            result = stack(kv, step)
+            assert result.counts.even == fits
+            assert result.nbytes <= memory * full
+
+
+def test_memory_is_counted_for_each_row():
+    policy = StreamingLLM(memory=0.5)
+    kept = policy(*prefilled(policy, 80, 40)).counts.per_head[:, 0].tolist()
+    alone = [policy(*prefilled(policy, n)).counts.even for n in (80, 40)]
+    assert kept == alone
+
+
+def test_a_byte_budget_that_cannot_be_met_says_what_it_is_short_of():
+    policy = SnapKV(memory=0.25)
+    # Of 40 tokens * 2 heads * 8 dims * 2 sides * 2 bytes a quarter is 640 bytes; a float32 slot takes 128 + 8.
+    message = (
+        r"SnapKV\(memory=0.25\): 0.25 of the full cache of 40 tokens is 640 bytes per layer, "
+        r"room for 4 slots, but 32 are needed; use a larger memory= or fewer bits"
+    )
+    with pytest.raises(BudgetError, match=message):
+        policy(*prefilled(policy, 40))
+    with pytest.raises(BudgetError, match="room for 0 slots, but 1 are needed"):
+        Random(memory=0.01)(*prefilled(Random(1), 40))
+    with pytest.raises(BudgetError, match="needs the evictor before the quantizer"):
+        (Toy() | Random(memory=0.5))(*prefilled(Random(1), 40))
+
+
+def test_a_stack_needs_what_its_members_need():
+    stack = SnapKV(20, window=5) | H2O(10) | SnapKV(10, window=9) | KeyDiff(5)
+    assert stack.needs == {"queries": 9, "attention": 1}
+    assert (Random(4) | StreamingLLM(4)).in_cache_positions
+    assert not (Random(4) | StreamingLLM(4, positions="original")).in_cache_positions
