@@ -1,0 +1,117 @@
+"""The command line from end to end on a tiny model: cells, resume, equal bytes, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kvbench.results import read_cells
+
+COMMAND = [sys.executable, "-c", "from kvbench.cli import main; main()"]
+SMALL = ["task.length=320", "task.needles=2", "task.count=2", "batch_size=2"]
+
+
+@pytest.fixture
+def kvbench(tiny_folder, tmp_path):
+    """Runs the command in an empty folder and returns (exit code, output)."""
+
+    def run(*arguments, model=True):
+        chosen = ["model=hub", f"model.path={tiny_folder}", "model.dtype=float32"] if model else []
+        done = subprocess.run(
+            [*COMMAND, *arguments[:1], *chosen, *arguments[1:]], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}, timeout=300,
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+def test_sweep_at_equal_bytes_resumes_and_reports_what_cannot_be_met(kvbench, tmp_path):
+    sweep = ["-m", "evict=full,h2o,streaming_llm", "quant=none,kivi4", "memory=0.25,0.002", "out=runs", *SMALL]
+    code, output = kvbench(*sweep)
+    assert code == 0, output
+    cells, problems = read_cells(tmp_path / "runs")
+    assert not problems
+    by_stack = {(c.config.policy.stack, c.config.model.model_dump().get("batch_size")): c for c in cells}
+    # full, full again (noise floor), kivi4, and 2 evictors x 2 quantizers x 2 budgets
+    assert len(cells) == len(by_stack) == 3 + 8
+    infeasible = [c for c in cells if c.status == "infeasible"]
+    assert len(infeasible) == 4 and all("use a larger memory=" in c.reason for c in infeasible)
+    assert "infeasible: recall" in output
+    for cell in cells:
+        if cell.status == "done" and cell.config.policy.memory:
+            held, full = (sum(getattr(s, k) for s in cell.samples) for k in ("kv_bytes_prefill_end", "kv_bytes_full"))
+            assert 0.8 * cell.config.policy.memory < held / full <= cell.config.policy.memory
+
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs" / "cells").iterdir()}
+    removed = next(p for p in written if json.loads(p.read_text())["status"] == "done")
+    removed.unlink()
+    truncated = next(p for p in written if p != removed)
+    truncated.write_text(truncated.read_text()[:50])
+    code, output = kvbench(*sweep)
+    assert code == 0 and "9 of 11 cells are already there" in output
+    assert len(read_cells(tmp_path / "runs")[0]) == 11
+    assert all(p.stat().st_mtime_ns == written[p] for p in written if p not in (removed, truncated))
+    assert not (tmp_path / "runs" / "partial").exists()
+
+    code, output = kvbench("leaderboard", "runs", model=False)
+    assert code == 0, output
+    assert {"index.html", "leaderboard.md", "leaderboard.csv", "pareto.png"} <= {p.name for p in (tmp_path / "runs").rglob("*")}
+
+
+def test_single_run_and_wandb_offline(kvbench, tmp_path):
+    code, output = kvbench("evict=keydiff", "budget=64", "out=one", *SMALL)
+    assert code == 0 and "score" in output, output
+    assert {c.config.policy.stack for c in read_cells(tmp_path / "one")[0]} == {"KeyDiff(budget=64)", "Full()"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evict=nothing"], "streaming_llm"),
+        (["quant=int3"], "kivi2"),
+        (["evict=h2o", "memory=0"], "must be above 0 and at most 1"),
+        (["evict=h2o", "budget=1.5"], "above 0 and at most 1; write tokens as an int"),
+        (["evict=h2o", "budget=-3"], "too small"),
+        (["evict=h2o"], "needs one of memory="),
+        (["evict=streaming_llm", "budget=3"], "at least 4"),
+        (["quant=kivi4", "quant.bits=3"], "2 or 4|2, 4"),
+        (["quant=kivi4", "quant.group_size=24", "quant.residual=24"], "head_dim"),
+        (["task.length=5000"], "context of 1024"),
+        (["model.dtype=int8"], "is not one of float32"),
+        (["batch_size=0"], "at least 1"),
+        (["model.path=/no/such/folder"], "cannot load model.path=/no/such/folder"),
+        (["wandb.mode=loud"], "is not one of disabled, online, offline"),
+        (["out=/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(kvbench, arguments, message):
+    small = [a for a in SMALL if a.split("=")[0] not in {x.split("=")[0] for x in arguments}]
+    code, output = kvbench(arguments[0], *small, "out=bad", "noise_floor=false", *arguments[1:])
+    assert code != 0
+    assert "Traceback" not in output
+    import re
+
+    assert re.search(message, output), output
+
+
+def test_help_lists_the_choices(kvbench):
+    code, output = kvbench("--help", model=False)
+    assert code == 0 and "snapkv" in output and "nvfp4" in output and "demo" in output
+
+
+def test_every_yaml_makes_its_policy_or_task():
+    from importlib.resources import files
+
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    for group in ("evict", "quant", "task"):
+        for file in files(f"kvbench.conf.{group}").iterdir():
+            if not file.name.endswith(".yaml"):
+                continue
+            config = OmegaConf.create({"seed": 0, "node": OmegaConf.create(file.read_text())}).node
+            budget = {"budget": 0.5} if group == "evict" and file.name != "full.yaml" else {}
+            assert instantiate(config, **budget) is not None
