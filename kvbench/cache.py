@@ -24,7 +24,7 @@ from kvbench.kernels.attention import attend, attend_causal, column_sums
 from kvbench.ledger import Part, full_nbytes, ledger, report
 from kvbench.policies.full import Full
 from kvbench.policies.interface import KV, Policy, Stack, Step
-from kvbench.policies.store import Counts, Held
+from kvbench.policies.store import Counts, Held, take_columns
 
 NAME = "kvbench"
 _TAG = "_kvbench_layer"
@@ -91,7 +91,7 @@ class PolicyLayer(CacheLayerMixin):
         self.kv = self.kv.append(keys_new, values_new, valid, self.seen)
         self.seen = self.seen + (tokens if valid is None else valid.sum(1))
         self.columns_seen += tokens
-        decoding = tokens == 1 and not first
+        decoding = tokens == 1 and not first and not self._cache.is_deferred
         if not decoding:
             self.prompt = self.seen
         self.geometry = geometry
@@ -128,8 +128,9 @@ class PolicyLayer(CacheLayerMixin):
             if self.queries is not None:  # an earlier chunk of the same, deferred prompt
                 query = torch.cat([self.queries, query], dim=2)
                 valid = torch.cat([self.query_valid, valid], dim=1)
-            self.queries = query[:, :, -needs["queries"] :].clone()
-            self.query_valid = valid[:, -needs["queries"] :].clone()
+            last = valid.int().argsort(dim=1, stable=True)[:, -needs["queries"] :]  # pads first, wherever they stood
+            self.queries = take_columns(query, last[:, None].expand(-1, query.shape[1], -1))
+            self.query_valid = valid.gather(1, last)
 
     def compress(self, decoding: bool = False) -> None:
         """Applies the policy to what is held."""
@@ -346,7 +347,7 @@ class CompressedCache(Cache):
         if self._mask[0] is not mask:
             row = mask[:, 0, -1, -tokens:]
             valid = row if row.dtype == torch.bool else row >= 0
-            if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+            if bool((valid.any(1) & ~valid[:, -1]).any()):
                 raise ValueError('batches must be left-padded: set tokenizer.padding_side = "left"')
             self._mask = (mask, None if bool(valid.all()) else valid)
         return self._mask[1]
@@ -380,8 +381,8 @@ def _attend_prompt(query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | 
     if valid is None:
         return attend_causal(query, keys, values, scaling=scaling)
     out = torch.zeros_like(query)
-    for row, start in enumerate((~valid).sum(1).tolist()):
-        part = slice(row, row + 1), slice(None), slice(start, None)
+    for row, real in enumerate(valid):
+        part = slice(row, row + 1), slice(None), real
         out[part] = attend_causal(query[part], keys[part], values[part], scaling=scaling)
     return out
 
