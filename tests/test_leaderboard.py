@@ -1,0 +1,521 @@
+"""The leaderboard on made-up cells whose headline numbers are known by construction or by hand."""
+
+import ast
+import csv
+import hashlib
+import html
+import math
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvbench import leaderboard
+from kvbench.leaderboard import build, load, main_compare, main_leaderboard
+from kvbench.results import cell_id, write_cell
+
+HOSTILE = "<script>alert(1)</script>|[red]\"'`x`{{7*7}}&\x1b[31m"
+BITS = {"none": 16, "kivi4": 4.5, "kivi2": 2.5, "nvfp4": 4.5, "int8": 8.5}
+
+
+def sample(i, score, *, seed=0, task="recall", rho=1.0, nll=None, meta=None):
+    full = 65536
+    return {
+        "sample_id": f"s{i}",
+        "prompt_sha256": hashlib.sha256(f"{task} {seed} {i}".encode()).hexdigest(),
+        "prediction": "",
+        "score": float(score),
+        "nll": nll,
+        "n_prompt_tokens": 512,
+        "n_generated": 8,
+        "kept_tokens": 512.0 * min(1.0, rho),
+        "kv_bytes_prefill_end": int(rho * full),
+        "kv_bytes_final": int(rho * full) + 512,
+        "kv_bytes_full": full,
+        "kv_bytes_full_final": full + 1024,
+        "meta": meta or {},
+    }
+
+
+def cell(evict="full", quant="none", scores=(1, 1, 0, 1), *, task="recall", kind="generate", rho=1.0, **options):
+    """A cell whose samples have these scores. `samples` overrides them; other options go to the configuration."""
+    memory, budget = options.get("memory"), options.get("budget")
+    inside = f"memory={memory}" if memory else f"budget={budget}" if budget else ""
+    stack = options.get("stack") or " | ".join(
+        p for p in (f"{evict}({inside})" if evict != "full" else "", quant if quant != "none" else "") if p
+    )
+    config = {
+        "model": {"name": options.get("model", "tiny"), "path": "models/tiny", "dtype": "bfloat16"},
+        "task": {"name": task, "kind": kind, **options.get("fields", {})},
+        "policy": {"evict": evict, "quant": quant, "stack": stack or "Full()", "memory": memory, "budget": budget},
+        "query_aware": options.get("query_aware", False),
+        "seed": options.get("seed", 0),
+    }
+    config["model"] |= options.get("extra", {})
+    samples = options.get("samples")
+    if samples is None:
+        prompt_seed = options.get("prompt_seed", 0)
+        samples = [
+            sample(i, s, seed=prompt_seed, task=task, rho=rho, nll=-math.log(s) if kind == "nll" else None)
+            for i, s in enumerate(scores)
+        ]
+    status = options.get("status", "done")
+    return {
+        "schema": 1,
+        "cell_id": cell_id(config),
+        "config": config,
+        "status": status,
+        "reason": options.get("reason"),
+        "provenance": {
+            "commit": "0123abc",
+            "command": "kvbench sweep preset=smoke",
+            "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+            "device": "cpu",
+            "started": "2026-08-01T10:00:00Z",
+            "seconds": 12.5,
+        },
+        "samples": samples if status == "done" else [],
+        "checks": options.get("checks", {"fired": True, "bytes_ok": True}),
+    }
+
+
+def write(folder, *cells):
+    for one in cells:
+        write_cell(folder, one)
+    return folder
+
+
+def sweep(folder, n=60, memories=(0.5, 0.25, 0.125, 0.0625), evictors=None, seed=0):
+    """A plausible grid: four tasks, seven evictors, three quantizers, with shared sample difficulty."""
+    rng = np.random.default_rng(seed)
+    skill = {
+        "h2o": 0.8,
+        "snapkv": 1.0,
+        "tova": 0.7,
+        "knorm": 0.25,
+        "keydiff": 0.9,
+        "streaming_llm": 0.45,
+        "random": 0.1,
+    }
+    tasks = {"recall": 0.0, "niah": 0.6, "multi_query": -0.4}
+    ease = {t: rng.logistic(size=n) for t in (*tasks, "ppl")}
+    lengths, depths = (512, 1024, 2048), (0, 0.25, 0.5, 0.75, 1)
+
+    def scores(task, loss, lift=2.5):
+        return (ease[task] + lift + tasks[task] - loss + 0.3 * rng.logistic(size=n) > 0).astype(float)
+
+    def add(evict, quant, loss, rho, kept=1.0, **options):
+        for task in tasks:
+            got = scores(task, loss)
+            metas = (
+                [{"length": lengths[i % 3], "depth": depths[i // 3 % 5]} for i in range(n)]
+                if task == "niah"
+                else [{}] * n
+            )
+            rows = [sample(i, s, task=task, rho=rho, meta=m) for i, (s, m) in enumerate(zip(got, metas, strict=True))]
+            rows = [{**r, "kept_tokens": 512.0 * kept} for r in rows]
+            write(folder, cell(evict, quant, task=task, samples=rows, fields={"length": 1024, "n": n}, **options))
+        nll = 2.1 + 0.1 * ease["ppl"] + 0.12 * loss
+        rows = [sample(i, math.exp(-v), task="ppl", rho=rho, nll=float(v)) for i, v in enumerate(nll)]
+        rows = [{**r, "kept_tokens": 512.0 * kept} for r in rows]
+        write(folder, cell(evict, quant, task="ppl", kind="nll", samples=rows, fields={"window": 256}, **options))
+
+    damage = {"none": 0.0, "kivi4": 0.05, "kivi2": 0.5, "nvfp4": 0.12}
+    for quant, extra in damage.items():
+        add("full", quant, extra, BITS[quant] / 16)
+    add("full", "none", 0.0, 1.0, seed=1)  # the A/A run
+    for evict, good in list(skill.items())[:evictors]:
+        for memory in memories:
+            for quant, extra in damage.items():
+                share = memory * 16 / BITS[quant]
+                if share < 1:
+                    loss = extra + (1.5 - good) * 0.45 * -math.log2(share)
+                    add(evict, quant, loss, memory * 0.99, share, memory=memory)
+        for quant, extra in damage.items():  # the factorial part: equal tokens, so contrasts can be formed
+            loss = extra + (1.5 - good) * 0.9 + 0.8 * (evict == "knorm" and extra > 0.3)
+            add(evict, quant, loss, 0.25 * BITS[quant] / 16, 0.25, budget=0.25)
+    reason = "budget of 32 tokens is smaller than the protected window of 64"
+    write(
+        folder,
+        cell("snapkv", "none", memory=0.03125, status="infeasible", reason=reason, fields={"length": 1024, "n": n}),
+    )
+    return folder
+
+
+def the_only_section(folder):
+    board = load(folder, resamples=300)
+    (section,) = board.sections
+    return board, section, {s.key: s for s in section.stacks}
+
+
+class Page(HTMLParser):
+    """The tags and the visible text of a page, read by an independent parser."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words, self.values = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.values += [f"{k}={v}" for k, v in attributes]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_headline_difference_and_bytes_by_hand(tmp_path):
+    write(
+        tmp_path,
+        cell(scores=[1, 1, 1, 0]),
+        cell(scores=[0.5, 0.5, 0.5, 0.5], task="qa"),
+        cell("h2o", scores=[1, 0, 1, 0], memory=0.5, rho=0.5),
+        cell("h2o", scores=[0.5, 0.25, 0.5, 0.25], memory=0.5, rho=0.25, task="qa"),
+    )
+    _, section, stacks = the_only_section(tmp_path)
+    h2o = stacks["h2o@0.5"]
+    assert h2o.headline.estimate == pytest.approx((2 / 3 + 0.75) / 2)  # retention per task, then the mean
+    assert h2o.headline.low <= h2o.headline.estimate <= h2o.headline.high
+    assert h2o.delta.estimate == pytest.approx(-(0.25 + 0.125) / 2)
+    assert h2o.rho == pytest.approx(0.375)  # ratio of sums over both tasks
+    assert h2o.rho_final == pytest.approx((4 * (32768 + 512) + 4 * (16384 + 512)) / (8 * (65536 + 1024)))
+    assert stacks["full cache"].headline.estimate == 1.0
+    assert section.retention and not section.notes
+    assert [(g.label, [s.key for s in rows]) for g, rows in section.groups] == [
+        ("no budget", ["full cache"]),
+        ("50% of the bytes", ["h2o@0.5"]),
+    ]
+
+
+def test_rank_is_within_a_budget_and_ties_with_the_best_are_marked(tmp_path):
+    rng = np.random.default_rng(0)
+    base = (rng.random(200) < 0.9).astype(float)
+    slightly, badly = base.copy(), base.copy()
+    slightly[np.flatnonzero(base)[:2]] = 0
+    slightly[np.flatnonzero(base == 0)[:2]] = 1
+    badly[np.flatnonzero(base)[:80]] = 0
+    write(tmp_path, cell(scores=base))
+    for name, scores in (("a", base), ("b", slightly), ("c", badly)):
+        write(tmp_path, cell(name, scores=scores, memory=0.25, rho=0.25))
+    write(tmp_path, cell("c", scores=badly, memory=0.125, rho=0.125))
+    _, _, stacks = the_only_section(tmp_path)
+    assert [stacks[f"{x}@0.25"].rank for x in "abc"] == [1, 2, 3]
+    assert [stacks[f"{x}@0.25"].like_best for x in "abc"] == [False, True, False]
+    assert stacks["c@0.125"].rank == 1
+    assert stacks["c@0.25"].frontier == 0 and stacks["c@0.125"].frontier == 1
+
+
+def test_differences_below_the_noise_floor_are_not_resolved(tmp_path):
+    full = [1.0] * 50 + [0.0] * 50
+    again = [1.0] * 40 + [0.0] * 10 + [1.0] * 10 + [0.0] * 40  # 20 % flips
+    near = [1.0] * 42 + [0.0] * 58  # 8 points below, and every one of 8 discordant pairs against it
+    write(tmp_path, cell(scores=full), cell(scores=again, seed=1))
+    write(tmp_path, cell("a", scores=full, memory=0.5), cell("b", scores=near, memory=0.5))
+    _, section, stacks = the_only_section(tmp_path)
+    assert section.floor.flips == pytest.approx(0.2)
+    assert any("20.0 % of 100" in line for line in section.caption)
+    assert stacks["b@0.5"].like_best
+
+
+def test_perplexity_is_shown_and_its_score_is_ranked(tmp_path):
+    write(
+        tmp_path,
+        cell(scores=[0.5, 0.25], task="ppl", kind="nll"),
+        cell("a", scores=[0.5, 0.125], task="ppl", kind="nll"),
+    )
+    _, section, stacks = the_only_section(tmp_path)
+    assert stacks["full cache"].tasks["ppl"].perplexity.estimate == pytest.approx(math.sqrt(2 * 4))
+    assert stacks["a"].tasks["ppl"].perplexity.estimate == pytest.approx(math.sqrt(2 * 8))
+    assert stacks["a"].headline.estimate == pytest.approx(0.3125 / 0.375)
+    assert leaderboard.column(section.tasks[0]) == "ppl"
+
+
+def test_without_a_full_cache_the_rank_is_on_raw_scores(tmp_path, capsys):
+    write(tmp_path, cell("a", scores=[1, 0.5, 0.5]), cell("b", scores=[1, 1, 0.5]))
+    board = build(tmp_path, tmp_path / "out", resamples=200)
+    (section,) = board.sections
+    assert [s.key for _, rows in section.groups for s in rows] == ["b", "a"]
+    assert section.stacks[0].headline.estimate == pytest.approx(2 / 3) and section.stacks[0].delta is None
+    assert len(section.notes) == 1 and "No full-cache cells" in section.notes[0]
+    said = capsys.readouterr().out
+    assert "No full-cache cells" in said and "score %" in said
+    for name in ("leaderboard.md", "index.html"):
+        assert "No full" in (tmp_path / "out" / name).read_text().replace("\\", "")
+
+
+def test_modes_and_models_never_meet(tmp_path):
+    write(tmp_path, cell(), cell(query_aware=True), cell(model="other"), cell(extra={"path": "models/elsewhere"}))
+    board = build(tmp_path, tmp_path / "out", resamples=100, quiet=True)
+    assert [s.title for s in board.sections] == [
+        "other · bfloat16 · query-agnostic",
+        "tiny · bfloat16 · query-agnostic · models/elsewhere",
+        "tiny · bfloat16 · query-agnostic · models/tiny",
+        "tiny · bfloat16 · query-aware",
+    ]
+    assert all(len(s.stacks) == 1 for s in board.sections)
+    assert len([p for p in board.files if p.name.startswith("pareto")]) == 4
+    assert len(set(board.files)) == len(board.files) and all(p.exists() for p in board.files)
+
+
+def test_batch_size_does_not_make_a_model_but_an_aa_pair(tmp_path):
+    write(tmp_path, cell(scores=[1, 1, 0, 1]), cell(scores=[1, 1, 1, 1], extra={"batch_size": 4}))
+    _, section, stacks = the_only_section(tmp_path)
+    assert section.floor.flips == 0.25
+    assert stacks["full cache"].tasks["recall"].score.estimate == pytest.approx((3 + 0.5) / 4)
+
+
+def test_infeasible_and_failed_cells_are_listed_with_their_reason(tmp_path, capsys):
+    write(tmp_path, cell(), cell("h2o", memory=0.01, status="infeasible", reason="budget below the protected window"))
+    write(tmp_path, cell("h2o", memory=0.5, status="failed", reason="out of memory"))
+    board = build(tmp_path, resamples=100)
+    assert {(x.status, x.stack, x.reason) for x in board.left_out} == {
+        ("infeasible", "h2o@0.01", "budget below the protected window"),
+        ("failed", "h2o@0.5", "out of memory"),
+    }
+    for text in (
+        capsys.readouterr().out,
+        *((tmp_path / n).read_text() for n in ("leaderboard.md", "leaderboard.csv", "index.html")),
+    ):
+        assert "budget below the protected window" in " ".join(text.split()) and "out of memory" in text
+
+
+def test_only_infeasible_cells_still_make_a_page(tmp_path, capsys):
+    write(tmp_path, cell("h2o", memory=0.01, status="infeasible", reason="too small"))
+    assert main_leaderboard([str(tmp_path)]) == 0
+    assert "No finished cell yet" in capsys.readouterr().out
+    assert "too small" in (tmp_path / "index.html").read_text()
+
+
+def test_a_stack_that_misses_a_task_is_shown_unranked(tmp_path):
+    write(tmp_path, cell(), cell(task="qa"), cell("a"), cell("b"), cell("b", task="qa"))
+    board, section, stacks = the_only_section(tmp_path)
+    assert stacks["a"].rank is None and stacks["a"].missing == ("qa",) and math.isnan(stacks["a"].headline.estimate)
+    assert stacks["b"].rank is not None
+    assert "incomplete" in leaderboard.to_markdown(board) and "missing: qa" in leaderboard.to_csv(board)
+
+
+def test_one_sample_tasks_work_and_claim_nothing(tmp_path):
+    write(tmp_path, cell(scores=[1]), cell("a", scores=[1], memory=0.5), cell("b", scores=[0], memory=0.5))
+    board = build(tmp_path, resamples=100, quiet=True)
+    stacks = {s.key: s for s in board.sections[0].stacks}
+    assert stacks["b@0.5"].headline.estimate == 0 and math.isnan(stacks["b@0.5"].headline.low)
+    assert stacks["b@0.5"].rank == 2 and stacks["b@0.5"].like_best
+    assert "nan" not in (tmp_path / "leaderboard.md").read_text()
+    assert "nan" not in Page((tmp_path / "index.html").read_text().split("<script>")[0]).words
+
+
+def test_cells_on_other_prompts_are_left_out_not_paired(tmp_path):
+    write(tmp_path, cell(), cell("a"), cell("b", prompt_seed=5))
+    board, section, stacks = the_only_section(tmp_path)
+    assert set(stacks) == {"full cache", "a"}
+    assert [(x.stack, x.status) for x in board.left_out] == [("b", "not comparable")]
+    assert "prompt_sha256" in board.left_out[0].reason
+
+
+def test_data_seeds_are_more_samples_and_policy_seeds_are_averaged(tmp_path):
+    write(tmp_path, cell(scores=[1, 1]), cell(scores=[1, 0], seed=1, prompt_seed=1))
+    write(tmp_path, cell("a", scores=[1, 0]), cell("a", scores=[0, 0], seed=1, prompt_seed=1))
+    _, _, stacks = the_only_section(tmp_path)
+    assert stacks["a"].n == 4 and stacks["a"].headline.estimate == pytest.approx(1 / 3)
+    again = tmp_path / "policy seeds"
+    write(again, cell(scores=[1, 1]), cell("random", scores=[1, 0]), cell("random", scores=[0, 0], seed=1))
+    _, _, stacks = the_only_section(again)
+    assert stacks["random"].n == 2 and stacks["random"].headline.estimate == pytest.approx(0.25)
+
+
+def test_a_failed_check_is_visible(tmp_path):
+    write(tmp_path, cell(), cell("a", checks={"fired": False, "bytes_ok": True}))
+    board, _, _ = the_only_section(tmp_path)
+    assert "check failed: fired" in leaderboard.to_html(board)
+    assert "check failed: fired" in leaderboard.to_markdown(board).replace("\\", "")
+
+
+def test_interaction_needs_equal_kept_tokens(tmp_path):
+    rng = np.random.default_rng(0)
+    scores = {("full", "none"): 0.9, ("full", "q"): 0.8, ("h2o", "none"): 0.8, ("h2o", "q"): 0.4}
+    for (evict, quant), mean in scores.items():
+        rows = [
+            {**sample(i, v), "kept_tokens": 512 if evict == "full" else 128}
+            for i, v in enumerate(rng.normal(mean, 0.02, 30).clip(0, 1))
+        ]
+        write(tmp_path, cell(evict, quant, samples=rows, budget=None if evict == "full" else 128))
+    rows = [{**sample(i, 0.5), "kept_tokens": 300} for i in range(30)]
+    write(tmp_path, cell("h2o", "q", samples=rows, memory=0.25))
+    _, section, _ = the_only_section(tmp_path)
+    (contrast,) = section.contrasts
+    assert contrast.stack.key == "h2o+q@128tokens"
+    assert contrast.value.score.estimate == pytest.approx(0.3, abs=0.03)
+    assert contrast.verdict == "stacking hurts more than the sum"
+
+
+def test_needle_maps_average_by_length_and_depth(tmp_path):
+    grid = [(512, 0.0, 1), (512, 0.0, 0), (512, 1.0, 1), (1024, 0.0, 0)]
+    rows = [sample(i, v, task="niah", meta={"length": n, "depth": d}) for i, (n, d, v) in enumerate(grid)]
+    write(tmp_path, cell(task="niah", samples=rows), cell("h2o", "kivi4", task="niah", samples=rows, memory=0.25))
+    board = build(tmp_path, resamples=100, quiet=True)
+    one = leaderboard.heat(board.sections[0].stacks[0])
+    assert (one.lengths, one.depths) == (["512", "1k"], ["0%", "100%"])
+    assert one.values[0] == [0.5, 0] and one.values[1][0] == 1 and math.isnan(one.values[1][1])
+    assert {p.name for p in board.files if p.suffix == ".png"} == {
+        "pareto.png", "niah.png", "niah_full-cache.png", "niah_h2o-kivi4-0.25.png"
+    }  # fmt: skip
+    for path in tmp_path.glob("*.png"):
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_many_depths_are_binned():
+    edges, index = leaderboard._bins([i / 100 for i in range(101)])
+    assert len(edges) == 10 and index(0.0) == 0 and index(1.0) == 9 and index(0.55) == 5
+
+
+def test_hostile_names_are_shown_as_text_everywhere(tmp_path, capsys):
+    options = {"task": HOSTILE, "fields": {HOSTILE: HOSTILE}, "model": HOSTILE, "checks": {HOSTILE: False}}
+    write(tmp_path, cell(**options), cell(HOSTILE, HOSTILE, stack=HOSTILE, memory=0.5, **options))
+    write(tmp_path, cell("=cmd()", "none", **options))
+    write(tmp_path, cell("x", HOSTILE, status="failed", reason=HOSTILE, **options))
+    build(tmp_path, resamples=100)
+    said = capsys.readouterr().out
+    assert "\x1b[31m" not in said and "[red]" in "".join(said.split())
+
+    page = Page(text := (tmp_path / "index.html").read_text())
+    assert page.tags.count("script") == 1 and text.count("<script>") == 1
+    assert any("<script>alert(1)</script>|[red]" in word for word in page.words)
+    assert not any(value.startswith("on") and "=alert" in value for value in page.values)
+    assert "{{7*7}}" in text and "\x1b" not in text
+
+    for table in re.findall(r"(?:^\|.*\n)+", (tmp_path / "leaderboard.md").read_text(), re.MULTILINE):
+        assert "<script>" not in table
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1  # no name adds a column
+
+    table = list(csv.DictReader((tmp_path / "leaderboard.csv").read_text().splitlines()))
+    assert all(None not in row for row in table)
+    assert "'=cmd()" in {row["evict"] for row in table}
+
+
+def test_the_page_needs_nothing_from_outside(tmp_path):
+    write(tmp_path, cell(), cell("h2o", memory=0.5, rho=0.5))
+    build(tmp_path, resamples=100, quiet=True)
+    text = (tmp_path / "index.html").read_text()
+    assert not re.search(r"(src|href)=[\"'](?!#)", text) and "http://" not in text and "https://" not in text
+    assert "url(#" in text and "@import" not in text
+    page = Page(text)
+    assert page.tags.count("tr") > 4 and "svg" in page.tags
+    ids = [v[3:] for v in page.values if v.startswith("id=")]
+    assert len(ids) == len(set(ids))
+    for value in page.values:
+        if value.startswith(("href=#", "aria-controls=", "aria-labelledby=")):
+            assert value.split("=")[1].lstrip("#") in ids
+
+
+def test_the_same_results_give_the_same_files(tmp_path):
+    write(tmp_path, cell(), cell("h2o", memory=0.5, rho=0.5))
+    one, two = (build(tmp_path, tmp_path / n, resamples=100, quiet=True) for n in "ab")
+    for first, second in zip(one.files, two.files, strict=True):
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_damaged_files_are_reported_beside_the_table(tmp_path, capsys):
+    write(tmp_path, cell(), cell("a"))
+    (tmp_path / "cells" / "0000000000000000.json").write_text('{"schema": 1, "cell')
+    assert main_leaderboard([str(tmp_path), "--out", str(tmp_path / "site"), "--resamples", "100"]) == 0
+    assert "unreadable: 0000000000000000.json" in capsys.readouterr().out
+    assert "0000000000000000.json" in (tmp_path / "site" / "index.html").read_text()
+
+
+def test_a_whole_sweep(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(leaderboard, "PATIENCE_S", 0.0)
+    sweep(tmp_path, n=12, memories=(0.25,), evictors=2)
+    monkeypatch.setattr(leaderboard, "write_plots", lambda board, out: [])  # tested above, and slow in this number
+    board = build(tmp_path, resamples=200)
+    (section,) = board.sections
+    assert len(section.stacks) == 4 + 2 * 3 + 2 * 4  # kivi2 would keep more than all tokens at this memory
+    assert {t.label for t in section.tasks} == {"recall", "niah", "multi_query", "ppl"}
+    assert section.floor.n == 48 and len(section.contrasts) == 6
+    captured = capsys.readouterr()
+    assert "bootstrap: 4 of 4" in captured.err and "Detectable difference" in captured.out
+    assert all(line in html.unescape(leaderboard.to_html(board)) for line in section.caption)
+    table = list(csv.DictReader((tmp_path / "leaderboard.csv").read_text().splitlines()))
+    assert len(table) == len(section.stacks) + len(board.left_out)
+
+
+@pytest.mark.parametrize("command", [main_leaderboard, lambda a: main_compare(["a", "b", *a])])
+def test_errors_are_one_line_with_exit_code_one(tmp_path, capsys, command):
+    assert command([str(tmp_path / "nowhere")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: no results in") and err.count("\n") == 1
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "x.json").write_text("{")
+    assert command([str(tmp_path)]) == 1
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    write(tmp_path, cell())
+    (tmp_path / "file").write_text("")
+    assert main_leaderboard([str(tmp_path), "--out", str(tmp_path / "file"), "--resamples", "50"]) == 1
+    assert "cannot write the leaderboard" in capsys.readouterr().err
+
+
+def test_compare_says_what_the_data_allow(tmp_path, capsys):
+    good, bad = [1.0] * 90 + [0.0] * 10, [1.0] * 50 + [0.0] * 50
+    write(
+        tmp_path, cell(scores=good), cell("h2o", "kivi4", scores=bad, memory=0.25, rho=0.25), cell("same", scores=good)
+    )
+    assert main_compare(["full", "h2o+kivi4@0.25", str(tmp_path), "--resamples", "500"]) == 0
+    said = capsys.readouterr().out
+    assert "full cache scores 40.0 points higher than h2o+kivi4@0.25" in said and "difference is real" in said
+    assert "100 paired (recall 100)" in said and "finds true differences of" in said
+    assert "25.0 % of the full cache" in said and "100.0 % of the full cache" in said
+    assert main_compare(["H2O + KIVI4", "FULL", str(tmp_path), "--resamples", "500"]) == 0
+    assert "40.0 points lower than full cache" in capsys.readouterr().out
+    assert main_compare(["same", "full", str(tmp_path), "--resamples", "500"]) == 0
+    said = capsys.readouterr().out
+    assert "score the same" in said and "do not tell them apart" in said and "below 3.0 %" in said
+
+
+def test_compare_uses_the_exact_test_when_few_samples_flip(tmp_path, capsys):
+    write(tmp_path, cell(scores=[1] * 50), cell("a", scores=[0] * 5 + [1] * 45))
+    assert main_compare(["a", "full", str(tmp_path), "--resamples", "500"]) == 0
+    said = capsys.readouterr().out
+    assert "McNemar p = 0.0625" in said and "do not tell them apart" in said
+
+
+def test_compare_refuses_what_is_not_comparable(tmp_path, capsys):
+    write(tmp_path, cell(), cell("a"), cell("b", query_aware=True), cell("c", model="other"), cell("d", task="qa"))
+    for names, reason in (
+        (["a", "b"], "query-aware"),
+        (["a", "c"], "ran in"),
+        (["a", "d"], "no sample in common"),
+        (["a", "full cach"], "did you mean full cache?"),
+        (["a", "zzz"], "there are: a, b, c, d, full cache"),
+    ):
+        assert main_compare([*names, str(tmp_path), "--resamples", "50"]) == 1
+        err = capsys.readouterr().err
+        assert reason in err and err.count("\n") == 1
+
+
+def test_an_ambiguous_name_lists_its_meanings(tmp_path, capsys):
+    write(
+        tmp_path,
+        cell(),
+        cell("a", memory=0.5),
+        cell("a", memory=0.25),
+        cell("b", stack="b(x=1)"),
+        cell("b", stack="b(x=2)"),
+    )
+    assert main_compare(["a", "full", str(tmp_path)]) == 1
+    assert "ambiguous: a@0.25, a@0.5" in capsys.readouterr().err
+    assert main_compare(["b(x=1)", "B(X=2)", str(tmp_path), "--resamples", "50"]) == 0
+
+
+def test_plotting_is_imported_only_where_it_is_used():
+    tree = ast.parse(Path(leaderboard.__file__).read_text())
+    names = {n.name for x in tree.body if isinstance(x, ast.Import) for n in x.names}
+    names |= {x.module for x in tree.body if isinstance(x, ast.ImportFrom)}
+    assert not {name.split(".")[0] for name in names} & {"matplotlib", "plotly", "rich", "jinja2", "scipy"}
+
+
+if __name__ == "__main__":  # a folder to look at: python tests/test_leaderboard.py FOLDER
+    print(sweep(sys.argv[1]))
