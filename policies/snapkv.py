@@ -65,7 +65,7 @@ class SnapKV(Evictor):
         # The last rows only: another policy of the stack may have asked for more queries.
         votes = step.attention(kv)[:, :, -self.window :].sum(2)  # [B, Hq, S]
         raw = votes.view(batch, heads, votes.shape[1] // heads, -1).mean(2)
-        outside = (kv.position < 0) | self._in_window(kv, step)
+        outside = self._in_window(kv, step)
         if self.pooling == "max":
             return F.max_pool1d(raw.masked_fill(outside, -torch.inf), self.kernel, stride=1, padding=self.kernel // 2)
         return F.avg_pool1d(raw.masked_fill(outside, 0), self.kernel, stride=1, padding=self.kernel // 2)
@@ -74,10 +74,10 @@ class SnapKV(Evictor):
         return self._in_window(kv, step)
 
     def _in_window(self, kv: KV, step: Step) -> Tensor:
-        """[B, H or 1, S] bool: the newest slots, as many as real queries came."""
+        """[B, H or 1, S] bool: the newest slots, as many as real queries came, and the dead columns after them."""
         assert step.queries is not None  # step.attention has raised
         every = torch.ones_like(step.queries[:, 0, :, 0], dtype=torch.bool)
         real = every if step.query_valid is None else step.query_valid
         came = real[:, -self.window :].sum(1)
-        from_newest = (kv.position >= 0).flip(-1).cumsum(-1).flip(-1)  # 1 = the newest slot
+        from_newest = (kv.position >= 0).flip(-1).cumsum(-1).flip(-1)  # 1 = the newest slot, 0 = dead
         return from_newest <= came[:, None, None]

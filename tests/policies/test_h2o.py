@@ -117,6 +117,14 @@ def test_window_share_follows_each_rows_budget():
     assert kept[1, 0].tolist() == [*range(7), *range(37, 40), *[-1] * 10]
 
 
+@pytest.mark.parametrize(("budget", "recent"), [(1, 0), (2, 1), (5, 2), (8, 4)])
+def test_the_default_window_is_half_of_the_budget_rounded_down(budget, recent):
+    kv = KV.of(torch.randn(1, 1, 20, 4), torch.randn(1, 1, 20, 4))
+    kv = KV(kv.keys, kv.values, {"attention": torch.arange(20.0).flip(0)[None, None]})
+    kept = H2O(budget)(kv, step(20, 1, 20, False)).position[0, 0].tolist()
+    assert kept == [*range(budget - recent), *range(20 - recent, 20)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
