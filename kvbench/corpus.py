@@ -27,8 +27,8 @@ STARTERS = ("the", "then the", "later the", "in time the", "at dawn the", "at du
 UNFIT = frozenset(
     "slave racism kill thug racial lethal murder erect drunk lewd nappy bikini victim cyst swine devil gamy aback buze "
     "hatred lover wound defeat riot latex gran gaping taboo macho godly sore choke scream petite mature sable horst "
-    "ligand tell gather thanks help reach break kind null fast wrong demur nasal shear junker skean joey nicety till hand "
-    "wind jiffy fetus nuke stud dawn maybe geek choker weeder dusk time snotty".split()
+    "ligand tell gather thanks help reach break kind null fast wrong demur nasal shear junker skean joey nicety till "
+    "hand wind jiffy fetus nuke stud dawn maybe geek choker weeder dusk time snotty".split()
 )
 
 

@@ -1,7 +1,7 @@
 """Rebuild the proving model from nothing: tokenizer, text, training, evaluation, `kvbench/assets/proving/`.
 
-    python scripts/train_proving.py                  # about an hour on two CPU cores with bf16 matrix units
-    python scripts/train_proving.py --resume         # continue from the last checkpoint in --work
+    python scripts/train_proving.py               # well under an hour on two CPU cores with bf16 matrix units
+    python scripts/train_proving.py --resume      # continue from the last checkpoint in --work
 
 A small Llama learns to look facts up: key-value notes in filler text, asked several at a time, the context growing from
 128 to 2,048 tokens whenever recall passes a threshold. Only a quarter to a half of the positions is scored; answers
@@ -396,8 +396,12 @@ without any download, and it loads like any model:
 
     AutoModelForCausalLM.from_pretrained("kvbench/assets/proving")
 
-Retrain it with `python scripts/train_proving.py`; how well it does without compression stands in
-`results/proving/metrics.json` (`python scripts/eval_proving.py`).
+Two heads of its first layer were started as readers of the previous tokens and then trained like the rest; all other
+weights started at random. The tokenizer has one token for each word of the generator and each number from 00 to 99,
+and bytes for any other text.
+
+`python scripts/train_proving.py` rebuilds everything in this folder; `training.json` is the log of the run that did.
+How well the model does without compression stands in `results/proving/metrics.json` (`scripts/eval_proving.py`).
 """
 
 

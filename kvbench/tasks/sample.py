@@ -126,15 +126,15 @@ def place(text: Sequence[str], notes: Sequence[tuple[int, str]]) -> tuple[str, l
 
     notes: (sentences before it, note), ascending. Returns the context and each note's character span in it.
     """
+    if text and notes and notes[0][0] == 0:
+        text = [" " + text[0], *text[1:]]
     context, spans, begin = "", [], 0
     for after, note in notes:
         context += "".join(text[begin:after])
         context += " " if context else ""
         spans.append((len(context), len(context) + len(note)))
         context, begin = context + note, after
-    rest = "".join(text[begin:])
-    gap = " " if begin == 0 and context and rest else ""
-    return context + gap + rest, spans
+    return context + "".join(text[begin:]), spans
 
 
 def fitted(
