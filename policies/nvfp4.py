@@ -46,7 +46,7 @@ class NVFP4(Quantizer):
     scale uint8 [T, D/16], the bytes of E4M3FN: 4.5 bits per element. gs is a constant of the policy, not stored.
 
     key_scale, value_scale: what a calibrated checkpoint stores as k_scale and v_scale (largest magnitude / 448), for
-        all layers. Default 1: the official `nvfp4_cast` variant, gs = 1/6, whose decoded values are at most 448.
+        all layers. Default 1: the official `nvfp4_cast` variant, gs = 1/6, whose range is that of FP8, +-448.
 
     Raises ValueError for scales that are not positive numbers and for a head_dim that is not a multiple of 16.
 
