@@ -59,8 +59,6 @@ class PolicyLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keeps new keys and values [B, H, T, D] pending until the attention function of this layer is called."""
         self._cache.check_consumed()
-        if key_states.shape[2] == 0:
-            raise ValueError("empty prompt: a forward needs at least one token")
         if self.kv is not None and key_states.shape[0] != self.kv.keys.shape[0]:
             raise ValueError(
                 f"this cache holds a batch of {self.kv.keys.shape[0]}, got {key_states.shape[0]}; "
@@ -80,7 +78,7 @@ class PolicyLayer(CacheLayerMixin):
         self._pending = self._cache.pending_layer = None
         self._cache.check_module(module)
         batch, heads, tokens, _ = keys_new.shape
-        valid = self._cache.real_tokens(mask, tokens)
+        valid = self._cache.real_tokens(self.index, mask, tokens)
         if self.kv is None:
             self.kv = self._empty(keys_new, values_new)
             self.seen = torch.zeros(batch, dtype=torch.int64, device=query.device)
@@ -159,6 +157,10 @@ class PolicyLayer(CacheLayerMixin):
         """Every tensor kept alive, named."""
         if self.kv is not None:
             yield from self.kv.tensors()
+            for held in (self.kv.keys, self.kv.values):
+                parts = (held, held.body) if held.body is not None else (held,)
+                counts = (held.tail_counts, *(part.counts for part in parts))
+                yield from (("lengths", c.ragged) for c in counts if c.ragged is not None)
         for name in ("seen", "prompt", "queries", "query_valid"):
             if (tensor := getattr(self, name)) is not None:
                 yield name, tensor
@@ -170,6 +172,8 @@ class PolicyLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Only the new tokens: which slots are visible follows from their stored positions."""
+        if query_length == 0:
+            raise ValueError("empty prompt: a forward needs at least one token")
         return query_length, self.columns_seen
 
     def get_max_length(self) -> int:
@@ -304,6 +308,8 @@ class CompressedCache(Cache):
 
         `needs` of the new policy must have been collected (see `needs` of the constructor).
         """
+        if any(layer.kv is None for layer in self.policy_layers()):
+            raise ValueError("the cache is empty: run a forward or generate first")
         other = CompressedCache(self.model, policy)
         missing = [k for k, v in other.needs.items() if self.needs.get(k, 0) < v]
         if missing:
@@ -340,7 +346,7 @@ class CompressedCache(Cache):
                 "this cache was made for another model: make a CompressedCache(model, policy) for this one"
             )
 
-    def real_tokens(self, mask: Tensor | None, tokens: int) -> Tensor | None:
+    def real_tokens(self, layer: int, mask: Tensor | None, tokens: int) -> Tensor | None:
         """[B, T] bool: which new tokens are real; None if all are. All layers share one mask, so it is read once."""
         if mask is None:
             return None
@@ -350,7 +356,10 @@ class CompressedCache(Cache):
             if bool((valid.any(1) & ~valid[:, -1]).any()):
                 raise ValueError('batches must be left-padded: set tokenizer.padding_side = "left"')
             self._mask = (mask, None if bool(valid.all()) else valid)
-        return self._mask[1]
+        valid = self._mask[1]
+        if layer == self.policy_layers()[-1].index:
+            self._mask = (None, None)  # not kept alive between forwards
+        return valid
 
     def to_in_cache_positions(self, layer: int, keys: Tensor, kv: KV, seen: Tensor) -> Tensor:
         """keys [B, H, S, D] rotated from their original to consecutive positions that end at the newest token."""

@@ -105,8 +105,9 @@ class KV:
 
     def select(self, batch: Tensor) -> KV:
         """Rows of the batch, in the given order, with repetition (beam search)."""
-        columns = {name: column[batch] for name, column in self.columns.items()}
-        return KV(self.keys.select(batch), self.values.select(batch), columns)
+        keys = self.keys.select(batch)
+        columns = {name: column[batch, :, : keys.counts.width] for name, column in self.columns.items()}
+        return KV(keys, self.values.select(batch), columns)
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """Keys and values as attention reads them: two tensors [B, H, S, D]."""

@@ -153,7 +153,10 @@ def assert_true_positions(cache: CompressedCache, model: PreTrainedModel, tokens
             position = position[position >= 0]
             assert bool((position.diff() > 0).all())
             torch.testing.assert_close(
-                held[row, head, : len(position)], full.layers[0].kv.keys.dense()[0, head, position], atol=1e-4, rtol=1e-4
+                held[row, head, : len(position)],
+                full.layers[0].kv.keys.dense()[0, head, position],
+                atol=1e-4,
+                rtol=1e-4,
             )
 
 

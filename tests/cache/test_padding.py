@@ -27,7 +27,9 @@ def test_batch_is_rows_alone(policy, seed, tiny, do) -> None:
         assert [layer[row] for layer in do.kept(cache)] == [layer[0] for layer in do.kept(alone)]
 
 
-@pytest.mark.parametrize("policy", [H2O(10) | KIVI(2, 8, 8), SnapKV(0.5, window=6), StreamingLLM(9), KeyDiff(0.4)], ids=str)
+@pytest.mark.parametrize(
+    "policy", [H2O(10) | KIVI(2, 8, 8), SnapKV(0.5, window=6), StreamingLLM(9), KeyDiff(0.4)], ids=str
+)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1), (8, 2)], ids=str)
 def test_any_grouping_of_heads(heads, policy, tiny, do) -> None:
     model = tiny(num_attention_heads=heads[0], num_key_value_heads=heads[1])

@@ -112,7 +112,9 @@ def test_turns(policy, tiny, do) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", [Random(16), StreamingLLM(16), H2O(0.5), KeyDiff(0.5), H2O(16) | KIVI(2, 8, 8), NVFP4() | H2O(16)], ids=str
+    "policy",
+    [Random(16), StreamingLLM(16), H2O(0.5), KeyDiff(0.5), H2O(16) | KIVI(2, 8, 8), NVFP4() | H2O(16)],
+    ids=str,
 )
 def test_budget_holds_for_200_steps(policy, tiny, do) -> None:
     model = tiny(num_hidden_layers=1)
@@ -173,7 +175,9 @@ def packed_by_position(cache: CompressedCache) -> dict[tuple, bytes]:
             start = 0
             for (row, head), count in zip(lists, body.counts.per_head.flatten().tolist(), strict=True):
                 for i, position in enumerate(cache.kept(layer.index)[row, head, :count].tolist()):
-                    parts = [t[start + i] for t in body.rows.values()] + [t[group[start + i]] for t in body.groups.values()]
+                    parts = [t[start + i] for t in body.rows.values()] + [
+                        t[group[start + i]] for t in body.groups.values()
+                    ]
                     found[side, layer.index, row, head, position] = b"".join(p.numpy().tobytes() for p in parts)
                 start += count
     return found
@@ -211,7 +215,10 @@ def test_quantizer_before_evictor_keeps_the_codes(tiny, do) -> None:
 def test_two_evictors_act_one_after_the_other(tiny, do) -> None:
     model = tiny(num_hidden_layers=1)
     ids, _ = do.left_padded(40)
-    first, both = CompressedCache(model, Random(24)), CompressedCache(model, Random(24) | StreamingLLM(10, 2, "original"))
+    first, both = (
+        CompressedCache(model, Random(24)),
+        CompressedCache(model, Random(24) | StreamingLLM(10, 2, "original")),
+    )
     do.feed(model, first, ids)
     do.feed(model, both, ids)
     for outer, inner in zip(do.kept(first)[0][0], do.kept(both)[0][0], strict=True):
