@@ -32,12 +32,9 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP + _choices())
         return
-    from kvbench.sweep import UserError, application
+    from kvbench.sweep import application
 
-    try:
-        application()
-    except UserError as error:
-        sys.exit(f"kvbench: {error}")
+    application()
 
 
 def _choices() -> str:

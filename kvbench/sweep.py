@@ -1,7 +1,7 @@
 """From Hydra configs to result cells: plan, skip what is there, run groups that share prefills, write each cell.
 
-Hydra calls `run_jobs` with one config (`kvbench …`) or with all configs of a sweep (`kvbench -m …`). Cells that name
-the same thing (the full cache at three byte budgets, say) are one cell.
+`run_jobs` gets one config (`kvbench …`) or all configs of a sweep (`kvbench -m …`). Cells that name the same thing (the
+full cache at three byte budgets, say) are one cell.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from kvbench.engine import Run, Task, prepare, run_stacks, steps_of
 from kvbench.policies.full import Full
@@ -38,8 +38,11 @@ from kvbench.results import ResultsError, canonical, cell_id, has_cell, write_ce
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class UserError(Exception):
-    """Something the user can put right; the message is one line."""
+class UserError(SystemExit):
+    """Something the user can put right; the message is one line. Ends the program, as Hydra would print a traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"kvbench: {message}")
 
 
 @dataclass(frozen=True)
@@ -67,25 +70,35 @@ class Plan:
 
 
 def application() -> None:
-    """The Hydra application behind `kvbench`."""
-    from kvbench.launcher import SharedPrefillLauncher
+    """The Hydra application behind `kvbench`.
 
-    Plugins.instance().register(SharedPrefillLauncher)
-    hydra.main(version_base="1.3", config_path="pkg://kvbench.conf", config_name="config")(_single)()
+    Hydra's own launcher calls the task once per job of a sweep, here in this process: the jobs are only collected, then
+    run together, so that they share prefills. Other launchers (joblib, submitit) run each job by itself elsewhere.
+    """
+    jobs: list[DictConfig] = []
 
+    def job(config: DictConfig) -> None:
+        OmegaConf.set_struct(config, False)
+        config.hydra = HydraConfig.get()
+        if config.hydra.launcher._target_.endswith(".BasicLauncher"):
+            jobs.append(config)
+        else:
+            run_jobs([config])
 
-def _single(config: DictConfig) -> None:
-    OmegaConf.set_struct(config, False)
-    config.hydra = HydraConfig.get()
-    run_jobs([config])
+    hydra.main(version_base="1.3", config_path="pkg://kvbench.conf", config_name="config")(job)()
+    if jobs:
+        run_jobs(jobs)
 
 
 def run_jobs(configs: Sequence[DictConfig]) -> None:
     """Runs the cells these configs name, and the full-cache cells they are compared with."""
     with _one_line_errors():
         plans: dict[str, Plan] = {}
+        asked = []
         for config in configs:
-            for plan in plan_cells(config):
+            cells = plan_cells(config)
+            asked.append(cells[0].id)
+            for plan in cells:
                 plans.setdefault(plan.id, plan)
         groups: dict[str, list[Plan]] = {}
         for plan in plans.values():
@@ -94,8 +107,10 @@ def run_jobs(configs: Sequence[DictConfig]) -> None:
         ready = len(plans) - sum(map(len, groups.values()))
         if ready:
             print(f"{ready} of {len(plans)} cells are already there")
-        cells = _run_groups(list(groups.values())) if groups else []
-        _summarize(cells, sorted({str(p.out) for p in plans.values()}))
+        if groups:
+            _summarize(_run_groups(list(groups.values())), set(asked))
+        for folder in sorted({str(p.out) for p in plans.values()}):
+            print(f"next: kvbench leaderboard {folder}")
 
 
 def plan_cells(config: DictConfig) -> list[Plan]:
@@ -232,6 +247,7 @@ def load_model(
     name: str, path: str, dtype: str, device_map: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer from the Hub, a folder, or ("proving") this package."""
+    disable_progress_bar()
     source = str(files("kvbench") / "assets" / "proving") if path == "proving" else path
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -318,18 +334,20 @@ def _tracker(config: dict[str, Any]) -> Iterator[Any]:
         yield log
 
 
-def _summarize(cells: list[dict[str, Any]], folders: list[str]) -> None:
-    done = [c for c in cells if c["status"] == "done"]
-    seconds = sum(c["provenance"]["seconds"] for c in cells)
-    print(f"{len(done)} cells finished" + (f" ({seconds:.0f} s in their stacks)" if cells else ""))
+def _summarize(cells: list[dict[str, Any]], asked: set[str]) -> None:
+    """What became of the new cells; a few are shown one by one."""
+    for cell in cells if len(cells) <= 12 else []:
+        rows, policy = cell["samples"], cell["config"]["policy"]
+        if rows and cell["cell_id"] in asked:
+            held, full = (sum(r[k] for r in rows) for k in ("kv_bytes_prefill_end", "kv_bytes_full"))
+            score = sum(r["score"] for r in rows) / len(rows)
+            print(
+                f"{cell['config']['task']['name']}  {policy['stack']}  score {score:.3f} at {held / full:.3f} of the bytes"
+            )
     for cell in cells:
         if cell["status"] != "done":
             print(f"{cell['status']}: {cell['config']['task']['name']}: {cell['reason']}")
-    if len(cells) == 1 and len(folders) == 1 and done:
-        rows = done[0]["samples"]
-        print(f"score {sum(r['score'] for r in rows) / len(rows):.3f}")
-    for folder in folders:
-        print(f"kvbench leaderboard {folder}")
+    print(f"{sum(c['status'] == 'done' for c in cells)} new cells")
 
 
 @contextmanager

@@ -339,7 +339,7 @@ def select(score: Tensor, kv: KV, slots: Tensor, protected: Tensor | None = None
     """
     batch, heads, width, _ = kv.keys.shape
     live = kv.position >= 0
-    score = score.float()
+    score = score.float().clamp(min=torch.finfo(torch.float32).min)  # -inf is what dead columns get
     if protected is not None:
         score = score.masked_fill(protected, torch.inf)
     score = score.masked_fill(~live, -torch.inf)

@@ -134,7 +134,8 @@ def append_columns(
         grown = counts.plus(Counts.of(valid.sum(1, keepdim=True).expand(batch, heads).contiguous()))
     if counts.total == 0 and valid is None:
         return owned(new), grown
-    if grown.width > padded.shape[2]:
+    # Room past the longest list is this holder's own; room beside a shorter list may be shared, so it is not written to.
+    if grown.width > padded.shape[2] or padded.shape[2] == counts.width:
         capacity = grown.width + max(8, grown.width // 16) if spare and counts.total else grown.width
         room = new.new_zeros((batch, heads, capacity, *new.shape[3:]))
         room[:, :, : counts.width] = padded[:, :, : counts.width]

@@ -21,7 +21,10 @@ STACKS = [
 
 
 def rows_of(runs):
-    return [[(r["sample_id"], r["prediction"], r["kv_bytes_prefill_end"], r["kv_bytes_final"]) for r in run.rows] for run in runs]
+    return [
+        [(r["sample_id"], r["prediction"], r["kv_bytes_prefill_end"], r["kv_bytes_final"]) for r in run.rows]
+        for run in runs
+    ]
 
 
 @pytest.mark.parametrize("query_aware", [False, True])

@@ -1,29 +1,42 @@
 """The command line from end to end on a tiny model: cells, resume, equal bytes, bad input."""
 
 import json
-import os
-import subprocess
+import re
 import sys
+from importlib.resources import files
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
+from kvbench.cli import main
 from kvbench.results import read_cells
 
-COMMAND = [sys.executable, "-c", "from kvbench.cli import main; main()"]
 SMALL = ["task.length=320", "task.needles=2", "task.count=2", "batch_size=2"]
 
 
 @pytest.fixture
-def kvbench(tiny_folder, tmp_path):
+def kvbench(tiny_folder, tmp_path, monkeypatch, capfd):
     """Runs the command in an empty folder and returns (exit code, output)."""
 
     def run(*arguments, model=True):
-        chosen = ["model=hub", f"model.path={tiny_folder}", "model.dtype=float32"] if model else []
-        done = subprocess.run(
-            [*COMMAND, *arguments[:1], *chosen, *arguments[1:]], cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}, timeout=300,
-        )  # fmt: skip
-        return done.returncode, done.stdout + done.stderr
+        given = {a.split("=")[0] for a in arguments}
+        tiny = {"model": "hub", "model.path": tiny_folder, "model.dtype": "float32"} if model else {}
+        chosen = [f"{k}={v}" for k, v in tiny.items() if k not in given]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["kvbench", *arguments, *chosen])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+            if isinstance(code, str):
+                print(code)
+        GlobalHydra.instance().clear()
+        out, err = capfd.readouterr()
+        return code, out + err
 
     return run
 
@@ -58,7 +71,9 @@ def test_sweep_at_equal_bytes_resumes_and_reports_what_cannot_be_met(kvbench, tm
 
     code, output = kvbench("leaderboard", "runs", model=False)
     assert code == 0, output
-    assert {"index.html", "leaderboard.md", "leaderboard.csv", "pareto.png"} <= {p.name for p in (tmp_path / "runs").rglob("*")}
+    assert {"index.html", "leaderboard.md", "leaderboard.csv", "pareto.png"} <= {
+        p.name for p in (tmp_path / "runs").rglob("*")
+    }
 
 
 def test_single_run_and_wandb_offline(kvbench, tmp_path):
@@ -89,11 +104,9 @@ def test_single_run_and_wandb_offline(kvbench, tmp_path):
 )
 def test_bad_input_gets_one_clear_line(kvbench, arguments, message):
     small = [a for a in SMALL if a.split("=")[0] not in {x.split("=")[0] for x in arguments}]
-    code, output = kvbench(arguments[0], *small, "out=bad", "noise_floor=false", *arguments[1:])
+    code, output = kvbench(*small, "out=bad", "noise_floor=false", *arguments)
     assert code != 0
     assert "Traceback" not in output
-    import re
-
     assert re.search(message, output), output
 
 
@@ -103,11 +116,6 @@ def test_help_lists_the_choices(kvbench):
 
 
 def test_every_yaml_makes_its_policy_or_task():
-    from importlib.resources import files
-
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
     for group in ("evict", "quant", "task"):
         for file in files(f"kvbench.conf.{group}").iterdir():
             if not file.name.endswith(".yaml"):

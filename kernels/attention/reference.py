@@ -120,7 +120,9 @@ def _visible(query_position: Tensor, key_position: Tensor, repeats: int) -> Tens
     return allowed.repeat(1, 1, repeats, 1) if repeats > 1 else allowed
 
 
-def _sdpa(query: Tensor, keys: Tensor, values: Tensor, query_position: Tensor, key_position: Tensor, scaling: float) -> Tensor:
+def _sdpa(
+    query: Tensor, keys: Tensor, values: Tensor, query_position: Tensor, key_position: Tensor, scaling: float
+) -> Tensor:
     heads = keys.shape[1]
     grouped = _group(query, heads)
     mask = _visible(query_position, key_position, query.shape[1] // heads)
