@@ -41,6 +41,7 @@ MARKERS = "osD^vPXph<>*"  # quantizers in alphabetical order, after "none"
 FULL, NONE = "full", "none"
 SOLID, FAINT = 0.9, 0.5  # frontier probability at which a point is drawn on the front
 SPREAD_PX = 34  # how far stacks of equal bytes are spread sideways in the chart, by evictor
+FEW_SAMPLES = 20  # below, a percentile interval covers far less than it says
 PATIENCE_S = 2.0  # silence before a progress line appears
 
 
@@ -522,7 +523,7 @@ def _contrasts(
     complete = [s for s in stacks if not any(np.isnan(scores[s.index]).any() for scores in paired.scores)]
     found = []
     for stack in complete:
-        if full is None or stacks[full] not in complete or FULL == stack.evict or NONE == stack.quant:
+        if full is None or stacks[full] not in complete or stack.evict == FULL or stack.quant == NONE:
             continue
         near = [s for s in complete if s.evict == stack.evict and s.quant == NONE]
         near = [s for s in near if math.isclose(s.kept, stack.kept, rel_tol=0.01)]  # same r, as measured
@@ -545,6 +546,8 @@ def _notes(full: int | None, drawn: stats.Bootstrap, paired: stats.Paired) -> li
         notes.append("The full cache scores 0 or did not run on every task: ranked on raw scores.")
     elif left := [t for t in paired.tasks if t not in drawn.retention_tasks]:
         notes.append(f"Not in the headline, as the full cache scores 0 or did not run there: {', '.join(left)}.")
+    if few := [t for t, scores in zip(paired.tasks, paired.scores, strict=True) if scores.shape[1] < FEW_SAMPLES]:
+        notes.append(f"Fewer than {FEW_SAMPLES} samples in {', '.join(few)}: intervals are too narrow to rely on.")
     return notes
 
 
@@ -826,6 +829,11 @@ class Point:
     marker: int
     label: tuple[float, float, str] | None = None  # offset and anchor, for points on the front
 
+    @property
+    def text(self) -> str:
+        name = plain(self.stack.key)
+        return name if len(name) <= 32 else name[:31] + "…"
+
 
 @dataclass
 class Chart:
@@ -873,7 +881,8 @@ def chart(section: Section, width: int = 880, height: int = 400) -> Chart | None
         points.append(Point(stack, at_x(u) + aside, at_y(h.estimate), at_y(ends[0]), at_y(ends[1]), colour, marker))
     on_front = stats.pareto_front(np.array([s.rho for s in stacks]), np.array(scores))
     front = sorted(((p.x, p.y) for p, on in zip(points, on_front, strict=True) if on), reverse=True)
-    _place_labels(points, [p for p, on in zip(points, on_front, strict=True) if on], width, height)
+    named = [p for p, on in zip(points, on_front, strict=True) if on and not p.stack.is_full]  # its line has a name
+    _place_labels(points, named, width, height)
     ticks = np.arange(math.ceil(left), math.floor(right) + 1)
     return Chart(
         width=width,
@@ -901,7 +910,7 @@ def _place_labels(points: Sequence[Point], wanted: Sequence[Point], width: int, 
     """Name the front's points where the name covers neither a point nor another name."""
     taken = [(p.x - 6, p.y - 6, p.x + 6, p.y + 6) for p in points]
     for p in sorted(wanted, key=lambda p: p.x):
-        w, h = 7.0 * min(len(p.stack.key), 32), 13
+        w, h = 7.0 * len(p.text), 13
         for dx, dy, anchor in ((-9, -9, "end"), (0, -14, "middle"), (9, -9, "start"), (-11, 4, "end"), (11, 4, "start"),
                                (9, 18, "start"), (0, 22, "middle"), (-9, 18, "end"), (0, -30, "middle")):  # fmt: skip
             x0 = p.x + dx - {"end": w, "middle": w / 2, "start": 0}[anchor]
@@ -1022,7 +1031,7 @@ def _pareto_png(path: Path, drawing: Chart, section: Section) -> None:
             dx, dy, anchor = p.label
             place = {"end": "right", "middle": "center", "start": "left"}[anchor]
             axes.annotate(
-                _literal(p.stack.key)[:32], (p.x, p.y), (0.72 * dx, -0.72 * dy), textcoords="offset points", ha=place,
+                _literal(p.text), (p.x, p.y), (0.72 * dx, -0.72 * dy), textcoords="offset points", ha=place,
                 fontsize=8, color="#1d2130", zorder=5,
             )  # fmt: skip
     axes.set_xlabel(

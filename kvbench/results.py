@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -211,7 +212,5 @@ def _first(error: ValidationError) -> str:
 
 
 def _remove(path: Path) -> None:
-    try:
+    with suppress(OSError):  # nothing more can be done on a broken disk, and the first error is the one to report
         path.unlink(missing_ok=True)
-    except OSError:
-        pass  # nothing more can be done on a broken disk, and the first error is the one to report
