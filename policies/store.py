@@ -366,9 +366,7 @@ class Held:
 
     def sealed(self) -> Held:
         """The same slots without spare capacity, so that two holders can append without seeing each other."""
-        tail = self.tail[:, :, : self.tail_counts.width]
-        # Shorter lists have room inside the view, too.
-        return Held(tail if self.tail_counts.even is not None else tail.clone(), self.tail_counts, self.body)
+        return Held(self.tail[:, :, : self.tail_counts.width], self.tail_counts, self.body)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         if self.body is not None:
