@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**24
-"""Most logits held at a time (64 MiB in float32)."""
+BLOCK_ELEMENTS = 2**20
+"""Most logits held at a time on a CPU (4 MiB in float32: they stay in cache); 64 times as many on other devices."""
 
 
 def attend(
@@ -92,19 +92,24 @@ def column_sums(
     batch, heads, slots, _ = keys.shape
     total = torch.zeros((batch, heads, slots), dtype=torch.float32, device=keys.device)
     for block in _blocks(query, keys):
-        part = query[:, :, block]
-        weights = _weights(part, keys, query_position[:, block], key_position, scaling, softcap, sinks)
+        part, newest = query[:, :, block], query_position[:, block].amax()
+        # Slots are in order: those after the last one that any query of the block sees get nothing.
+        reach = int((key_position <= newest).sum(-1).amax())
+        weights = _weights(
+            part, keys[:, :, :reach], query_position[:, block], key_position[..., :reach], scaling, softcap, sinks
+        )
         if query_valid is not None:
-            weights = weights.view(*part.shape[:3], slots) * query_valid[:, None, block, None]
-            weights = weights.view(batch, heads, -1, slots)
-        total += weights.sum(2)
+            weights = weights.view(*part.shape[:3], reach) * query_valid[:, None, block, None]
+            weights = weights.view(batch, heads, -1, reach)
+        total[..., :reach] += weights.sum(2)
     return total
 
 
 def _blocks(query: Tensor, keys: Tensor) -> Iterator[slice]:
-    """Slices of the queries whose logits fit into BLOCK_ELEMENTS."""
+    """Slices of the queries whose logits fit into the block."""
     tokens = query.shape[2]
-    size = max(1, BLOCK_ELEMENTS // max(1, query.shape[0] * query.shape[1] * keys.shape[2]))
+    most = BLOCK_ELEMENTS if query.device.type == "cpu" else 64 * BLOCK_ELEMENTS
+    size = max(1, most // max(1, query.shape[0] * query.shape[1] * keys.shape[2]))
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
