@@ -43,10 +43,11 @@ class PolicyLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        self.kv: KV | None = None
+        # None until the first forward, and only asked for afterwards.
+        self.kv: KV = None  # type: ignore[assignment]
+        self.seen: Tensor = None  # type: ignore[assignment]  # [B] real tokens seen
+        self.prompt: Tensor = None  # type: ignore[assignment]  # [B] of them by the end of the last multi-token forward
         self.columns_seen = 0  # with pads, as transformers counts
-        self.seen: Tensor | None = None  # [B] real tokens seen
-        self.prompt: Tensor | None = None  # [B] real tokens seen by the end of the last multi-token forward
         self.queries: Tensor | None = None  # [B, Hq, w, D], only until the policy has run
         self.query_valid: Tensor | None = None
         self.geometry: dict[str, Any] = {}
@@ -108,22 +109,25 @@ class PolicyLayer(CacheLayerMixin):
         return out
 
     def _empty(self, keys: Tensor, values: Tensor) -> KV:
-        held = [Held(x[:, :, :0].clone(), Counts((x.shape[0], x.shape[1]), x.device, 0)) for x in (keys, values)]
+        empty, none = Counts((keys.shape[0], keys.shape[1]), keys.device, 0), slice(0)
         columns = {}
         if "attention" in self._cache.needs:
             columns["attention"] = torch.zeros(keys.shape[0], keys.shape[1], 0, device=keys.device)
-        return KV(*held, columns)
+        return KV(Held(keys[:, :, none].clone(), empty), Held(values[:, :, none].clone(), empty), columns)
 
     def _collect(self, query: Tensor, keys: Tensor | None, query_position: Tensor, valid: Tensor | None) -> None:
         needs = self._cache.needs
         if "attention" in needs:
+            assert keys is not None
             new = column_sums(query, keys, query_position, self.kv.position, query_valid=valid, **self.geometry)
             columns = {**self.kv.columns, "attention": self.kv.columns["attention"] + new}
             self.kv = KV(self.kv.keys, self.kv.values, columns)
         if "queries" in needs:
             if valid is None:
                 valid = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
-            if self.queries is not None:  # an earlier chunk of the same, deferred prompt
+            if (
+                self.queries is not None and self.query_valid is not None
+            ):  # an earlier chunk of the same, deferred prompt
                 query = torch.cat([self.queries, query], dim=2)
                 valid = torch.cat([self.query_valid, valid], dim=1)
             last = valid.int().argsort(dim=1, stable=True)[:, -needs["queries"] :]  # pads first, wherever they stood
@@ -148,7 +152,7 @@ class PolicyLayer(CacheLayerMixin):
         other.kv = KV(self.kv.keys.sealed(), self.kv.values.sealed(), columns)
         if "queries" not in cache.needs:
             other.queries = other.query_valid = None
-        elif self.queries is not None:
+        elif self.queries is not None and self.query_valid is not None:
             other.queries = self.queries[:, :, -cache.needs["queries"] :]
             other.query_valid = self.query_valid[:, -cache.needs["queries"] :]
         return other
@@ -227,6 +231,8 @@ class CompressedCache(Cache):
     needs: signals to collect besides what the policy itself needs, for a later `fork`.
     """
 
+    layers: list[Any]  # PolicyLayer, or what transformers holds a sliding-window layer in
+
     def __init__(self, model: PreTrainedModel, policy: Policy | None = None, *, needs: Mapping[str, int] | None = None):
         policy = Full() if policy is None else policy
         if not isinstance(policy, Policy):
@@ -262,7 +268,7 @@ class CompressedCache(Cache):
 
     def row_nbytes(self) -> Tensor:
         """[B] int64: bytes each batch row would hold alone in the full-attention layers, without spare capacity."""
-        return sum(layer.kv.row_nbytes().cpu() for layer in self.policy_layers())
+        return torch.stack([layer.kv.row_nbytes().cpu() for layer in self.policy_layers()]).sum(0)
 
     def ledger(self) -> list[Part]:
         """Every tensor kept alive, by layer and name."""
@@ -356,10 +362,10 @@ class CompressedCache(Cache):
             if bool((valid.any(1) & ~valid[:, -1]).any()):
                 raise ValueError('batches must be left-padded: set tokenizer.padding_side = "left"')
             self._mask = (mask, None if bool(valid.all()) else valid)
-        valid = self._mask[1]
+        real = self._mask[1]
         if layer == self.policy_layers()[-1].index:
             self._mask = (None, None)  # not kept alive between forwards
-        return valid
+        return real
 
     def to_in_cache_positions(self, layer: int, keys: Tensor, kv: KV, seen: Tensor) -> Tensor:
         """keys [B, H, S, D] rotated from their original to consecutive positions that end at the newest token."""
@@ -480,7 +486,7 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
 
 
-def _layer_plan(model: PreTrainedModel) -> list[tuple[str, DynamicLayer]]:
+def _layer_plan(model: PreTrainedModel) -> list[tuple[str, Any]]:
     """(layer type, what transformers would hold it in) per layer; raises for what cannot be hooked."""
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
@@ -495,7 +501,7 @@ def _layer_plan(model: PreTrainedModel) -> list[tuple[str, DynamicLayer]]:
             f"{name} does not call transformers' attention interface (state-space, linear or custom attention), "
             "so there is nothing to hook"
         )
-    layers = DynamicCache(config=config).layers
+    layers: list[Any] = DynamicCache(config=config).layers
     for i, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ValueError(
@@ -517,7 +523,9 @@ def _head_dim(model: PreTrainedModel) -> int:
 
 def _rotary_frequencies(model: PreTrainedModel, layer_types: set[str]) -> dict[str, Tensor]:
     """Inverse RoPE frequencies [R/2] per layer type, proven on the model's own rotary code."""
-    rotary = next((m for m in model.modules() if hasattr(m, "inv_freq") or hasattr(m, "full_attention_inv_freq")), None)
+    rotary: Any = next(
+        (m for m in model.modules() if hasattr(m, "inv_freq") or hasattr(m, "full_attention_inv_freq")), None
+    )
     apply = getattr(sys.modules[type(rotary).__module__], "apply_rotary_pos_emb", None) if rotary is not None else None
     if rotary is None or apply is None:
         raise ValueError(f'{type(model).__name__} has no RoPE that kvbench can turn; use positions="original"')

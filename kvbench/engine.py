@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -119,12 +119,12 @@ def run_stacks(
     """
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     prompts = prepare(task, tokenizer, query_aware, limit)
-    stacks = [Stack((policy,)) for policy in stacks]
-    runs = [Run() for _ in stacks]
+    folded = [Stack((policy,)) for policy in stacks]
+    runs = [Run() for _ in folded]
     for run, parts in zip(runs, finished or [[]] * len(stacks), strict=True):
         for part in parts:
             run.add(part)
-    needs = Stack(tuple(stacks)).needs
+    needs = Stack(tuple(folded)).needs
     for batch in _batches(prompts, batch_size):
         names = {p.sample.sample_id for p in batch}
         open_runs = [i for i, run in enumerate(runs) if not names <= {row["sample_id"] for row in run.rows}]
@@ -137,7 +137,7 @@ def run_stacks(
         prefill_seconds = time.perf_counter() - started
         for i in open_runs:
             if runs[i].infeasible is None:
-                part = _replay(model, tokenizer, task, record, mask, stacks[i], batch, prefill_seconds)
+                part = _replay(model, tokenizer, task, record, mask, folded[i], batch, prefill_seconds)
                 on_finished(i, part)
                 runs[i].add(part)
             on_progress(1)
@@ -175,7 +175,7 @@ def _forward(model: PreTrainedModel, cache: CompressedCache, ids: Tensor, mask: 
 
 
 def _prefill(
-    model: PreTrainedModel, rows: list[list[int]], needs: dict[str, int], chunk: int
+    model: PreTrainedModel, rows: list[list[int]], needs: Mapping[str, int], chunk: int
 ) -> tuple[CompressedCache, Tensor]:
     """An exact, uncompressed prefill that records the signals `needs`, in chunks: (record, mask [B, T])."""
     ids, mask = _left_pad(rows, model.device)
@@ -219,7 +219,7 @@ def _replay(
         tokens, finals = _generate(model, tokenizer, cache, ids, mask, batch)
         outcomes = []
         for prompt, generated in zip(batch, tokens, strict=True):
-            text = tokenizer.decode(generated, skip_special_tokens=True)
+            text = str(tokenizer.decode(generated, skip_special_tokens=True))
             outcomes.append(
                 {
                     "prediction": text,
@@ -294,7 +294,7 @@ def _generate(
 
 def _full_row_nbytes(cache: CompressedCache) -> Tensor:
     """[B] bytes of a 16-bit cache that keeps every token of the row, full-attention layers."""
-    total = 0
+    total = torch.zeros(len(cache.policy_layers()[0].seen), dtype=torch.int64)
     for layer in cache.policy_layers():
         per_token = 2 * sum(held.shape[1] * held.shape[3] for held in (layer.kv.keys, layer.kv.values))
         total = total + layer.seen.cpu() * per_token

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 if TYPE_CHECKING:
     from kvbench.cache import CompressedCache
@@ -34,7 +33,7 @@ def ledger(cache: CompressedCache) -> list[Part]:
     return parts
 
 
-def full_nbytes(layer: CacheLayerMixin) -> int:
+def full_nbytes(layer: Any) -> int:
     """What 16-bit keys and values of every real token this layer has seen (sliding-window layers: holds) would take."""
     kv = getattr(layer, "kv", None)
     if kv is not None:
@@ -66,7 +65,7 @@ def _bytes(held: int, full: int) -> tuple[str, str, str]:
     return f"{held:,}", f"{full:,}", f"{held / full:.3f}" if full else "-"
 
 
-def _tensors(layer: CacheLayerMixin) -> Iterable[tuple[str, Tensor]]:
+def _tensors(layer: Any) -> Iterable[tuple[str, Tensor]]:
     if hasattr(layer, "tensors"):
         return layer.tensors()
     return [(name, value) for name, value in vars(layer).items() if isinstance(value, Tensor)]

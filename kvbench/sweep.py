@@ -124,14 +124,14 @@ def plan_cells(config: DictConfig) -> list[Plan]:
         raise UserError(f"model.dtype={config.model.dtype} is not one of {', '.join(DTYPES)}")
     if config.batch_size < 1:
         raise UserError(f"batch_size={config.batch_size} must be at least 1")
-    fields = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}  # type: ignore[arg-type]
+    fields = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}
     base = {
         "model": {k: config.model[k] for k in ("name", "path", "dtype")},
         "task": json.loads(json.dumps({"name": task.name, "kind": task.kind, **fields})),
         "query_aware": bool(config.query_aware),
         "seed": int(config.seed),
     }
-    wandb = OmegaConf.to_container(config.wandb)
+    wandb = dict(config.wandb)
 
     def cell(policy: Policy, names: dict[str, Any], model: dict[str, Any], batch_size: int) -> Plan:
         described = {"memory": None, "budget": None, **names, "stack": str(policy)}
@@ -251,7 +251,7 @@ def load_model(
     source = str(files("kvbench") / "assets" / "proving") if path == "proving" else path
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], device_map=device_map)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], device_map=device_map)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load model.path={path}: {reason}") from error
@@ -275,7 +275,7 @@ def _to_cell(plan: Plan, run: Run, started: str, model: PreTrainedModel) -> dict
         "status": status,
         "reason": reason,
         "provenance": {
-            "commit": _commit(),
+            "commit": commit(),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": {
                 "kvbench": version("kvbench"),
@@ -292,7 +292,7 @@ def _to_cell(plan: Plan, run: Run, started: str, model: PreTrainedModel) -> dict
     }
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the checkout kvbench runs from, "+" if it has changes; empty when it is installed otherwise."""
     try:
         here = Path(__file__).resolve().parent
@@ -341,9 +341,8 @@ def _summarize(cells: list[dict[str, Any]], asked: set[str]) -> None:
         if rows and cell["cell_id"] in asked:
             held, full = (sum(r[k] for r in rows) for k in ("kv_bytes_prefill_end", "kv_bytes_full"))
             score = sum(r["score"] for r in rows) / len(rows)
-            print(
-                f"{cell['config']['task']['name']}  {policy['stack']}  score {score:.3f} at {held / full:.3f} of the bytes"
-            )
+            task = cell["config"]["task"]["name"]
+            print(f"{task}  {policy['stack']}  score {score:.3f} at {held / full:.3f} of the bytes")
     for cell in cells:
         if cell["status"] != "done":
             print(f"{cell['status']}: {cell['config']['task']['name']}: {cell['reason']}")

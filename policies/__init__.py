@@ -21,7 +21,7 @@ for _module in sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name n
             POLICIES[_name] = _value
 globals().update(POLICIES)
 
-__all__ = [*POLICIES, "KV", "POLICIES", "BudgetError", "Evictor", "Policy", "Quantizer", "Stack", "Step", "select"]  # noqa: PLE0604
+__all__ = [*POLICIES, "KV", "POLICIES", "BudgetError", "Evictor", "Policy", "Quantizer", "Stack", "Step", "select"]
 
 
 def __getattr__(name: str) -> Any:

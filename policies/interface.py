@@ -321,6 +321,7 @@ class Evictor(Policy):
             held = quantizer.slot_nbytes(slots, heads, head_dim, itemsize)
         columns = 4 * heads * sum(name != "position" for name in kv.columns)
         position = 4 * (1 if self.shared_over_heads else heads) * (slots < prompt)
+        assert self.memory is not None
         allowed = int(self.memory * 2 * prompt * heads * head_dim * 2)
         fitting = (held + slots * (columns + position) <= allowed).nonzero()
         most = int(fitting.max()) if len(fitting) else 0

@@ -96,8 +96,8 @@ def interleave(old: Tensor, old_counts: Counts, new: Tensor, new_counts: Counts)
     """Appends each list of `new` [M, ...] to its list of `old` [N, ...]: [N + M, ...]."""
     if old_counts.even is not None and new_counts.even is not None:
         lists = old_counts.shape[0] * old_counts.shape[1]
-        pair = [x.reshape(lists, c.even, *x.shape[1:]) for x, c in ((old, old_counts), (new, new_counts))]
-        return torch.cat(pair, dim=1).flatten(0, 1)
+        sizes = (old, old_counts.even), (new, new_counts.even)
+        return torch.cat([x.reshape(lists, size, *x.shape[1:]) for x, size in sizes], dim=1).flatten(0, 1)
     starts = old_counts.plus(new_counts).starts()
     merged = old.new_empty((old.shape[0] + new.shape[0], *old.shape[1:]))
     shift = starts - old_counts.starts()
@@ -134,7 +134,7 @@ def append_columns(
         grown = counts.plus(Counts.of(valid.sum(1, keepdim=True).expand(batch, heads).contiguous()))
     if counts.total == 0 and valid is None:
         return owned(new), grown
-    # Room past the longest list is this holder's own; room beside a shorter list may be shared, so it is not written to.
+    # Room past the longest list is this holder's own; room beside a shorter list may be shared: not written to.
     if grown.width > padded.shape[2] or padded.shape[2] == counts.width:
         capacity = grown.width + max(8, grown.width // 16) if spare and counts.total else grown.width
         room = new.new_zeros((batch, heads, capacity, *new.shape[3:]))
