@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import types
 from importlib.resources import files
 
 import pytest
@@ -76,7 +77,36 @@ def test_sweep_at_equal_bytes_resumes_and_reports_what_cannot_be_met(kvbench, tm
     }
 
 
-def test_single_run_and_wandb_offline(kvbench, tmp_path):
+def test_wandb_gets_a_row_per_cell_when_asked(kvbench, monkeypatch):
+    logged, started = [], {}
+
+    class Run:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return False
+
+        def log(self, row):
+            logged.append(row)
+
+    def init(**options):
+        started.update(options)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    code, output = kvbench("evict=keydiff", "budget=64", "wandb.mode=offline", "noise_floor=false", "out=logged", *SMALL)
+    assert code == 0, output
+    assert started["mode"] == "offline" and started["project"] == "kvbench"
+    names = {key for row in logged for key in row}
+    assert {"recall/KeyDiff(budget=64)/score", "recall/Full()/bytes_ratio"} <= names
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, output = kvbench("evict=keydiff", "budget=32", "wandb.mode=offline", "out=logged", *SMALL)
+    assert code and "pip install 'kvbench[wandb]'" in output
+
+
+def test_single_run(kvbench, tmp_path):
     code, output = kvbench("evict=keydiff", "budget=64", "out=one", *SMALL)
     assert code == 0 and "score" in output, output
     assert {c.config.policy.stack for c in read_cells(tmp_path / "one")[0]} == {"KeyDiff(budget=64)", "Full()"}

@@ -1,0 +1,20 @@
+"""The README's Python example runs as printed, and the files it links to exist."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_example_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(example, "README.md", "exec"), {})
+    output = capsys.readouterr().out
+    assert "bits/element" in output and "total" in output
+
+
+def test_links_lead_somewhere():
+    missing = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link and not (ROOT / link).exists()]
+    assert not missing
