@@ -58,8 +58,7 @@ class H2O(Evictor):
         return kv.column("attention").float()
 
     def protected(self, kv: KV, step: Step, slots: Tensor) -> Tensor:
-        from_newest = (kv.position >= 0).flip(-1).cumsum(-1).flip(-1)  # 1 = the newest slot
-        return from_newest <= self._recent(slots)[..., None]
+        return kv.from_newest <= self._recent(slots)[..., None]
 
     def _recent(self, slots: Tensor) -> Tensor:
         if self.recent is None:

@@ -59,6 +59,12 @@ class KV:
         counts = self.counts.first_head().per_head  # nothing evicted: all heads hold the same tokens
         return torch.where(column < counts[..., None], column, -1)
 
+    @property
+    def from_newest(self) -> Tensor:
+        """Rank of each slot counted from the newest, which is 1: [B, H or 1, S] int64; 0 = dead."""
+        live = self.position >= 0
+        return live.flip(-1).cumsum(-1).flip(-1) * live
+
     def column(self, name: str) -> Tensor:
         if name not in self.columns:
             raise KeyError(
@@ -256,7 +262,6 @@ class Evictor(Policy):
     memory: float | None = field(default=None, kw_only=True)
 
     evicts_while_decoding: ClassVar[bool] = True
-    shared_over_heads: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -280,6 +285,11 @@ class Evictor(Policy):
     def min_slots(self) -> int:
         """Slots the policy always protects: sinks + recent window."""
         return 1
+
+    @property
+    def shared_over_heads(self) -> bool:
+        """Whether all heads of a layer keep the same slots, so that positions are stored once."""
+        return False
 
     @abstractmethod
     def score(self, kv: KV, step: Step) -> Tensor:
@@ -320,7 +330,8 @@ class Evictor(Policy):
         if quantizer is not None:
             held = quantizer.slot_nbytes(slots, heads, head_dim, itemsize)
         columns = 4 * heads * sum(name != "position" for name in kv.columns)
-        position = 4 * (1 if self.shared_over_heads else heads) * (slots < prompt)
+        # Positions are stored as soon as something is evicted, which at the latest the first decoded token causes.
+        position = 4 * (1 if self.shared_over_heads else heads) * ((slots < prompt) | step.decoding)
         assert self.memory is not None
         allowed = int(self.memory * 2 * prompt * heads * head_dim * 2)
         fitting = (held + slots * (columns + position) <= allowed).nonzero()

@@ -59,5 +59,4 @@ class KeyDiff(Evictor):
         return -(unit * direction).sum(-1)
 
     def protected(self, kv: KV, step: Step, slots: Tensor) -> Tensor:
-        from_newest = (kv.position >= 0).flip(-1).cumsum(-1).flip(-1)  # 1 = the newest slot
-        return (kv.position < self.sinks) | (from_newest <= self.recent)
+        return (kv.position < self.sinks) | (kv.from_newest <= self.recent)

@@ -39,7 +39,7 @@ class Random(Evictor):
         super().__post_init__()
 
     @property
-    def shared_over_heads(self) -> bool:  # type: ignore[override]
+    def shared_over_heads(self) -> bool:
         return not self.per_head
 
     def score(self, kv: KV, step: Step) -> Tensor:

@@ -79,5 +79,4 @@ class SnapKV(Evictor):
         every = torch.ones_like(step.queries[:, 0, :, 0], dtype=torch.bool)
         real = every if step.query_valid is None else step.query_valid
         came = real[:, -self.window :].sum(1)
-        from_newest = (kv.position >= 0).flip(-1).cumsum(-1).flip(-1)  # 1 = the newest slot, 0 = dead
-        return from_newest <= came[:, None, None]
+        return kv.from_newest <= came[:, None, None]

@@ -4,7 +4,6 @@ Paper https://arxiv.org/abs/2309.17453, official code https://github.com/mit-han
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,8 +32,6 @@ class StreamingLLM(Evictor):
     sinks: int = 4
     positions: str = "in_cache"
 
-    shared_over_heads: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
             raise ValueError(f"StreamingLLM: sinks must be an int of 0 or more tokens, got {self.sinks!r}")
@@ -45,6 +42,10 @@ class StreamingLLM(Evictor):
     @property
     def min_slots(self) -> int:
         return max(1, self.sinks)
+
+    @property
+    def shared_over_heads(self) -> bool:
+        return True
 
     @property
     def in_cache_positions(self) -> bool:
