@@ -174,11 +174,8 @@ def read_cells(folder: str | Path) -> tuple[list[Cell], list[Problem]]:
     paths = sorted(cells.glob("*.json"))
     if not paths:
         raise ResultsError(f"no results in {folder}: {cells} holds no *.json file; run a sweep into it first")
-    read, problems = [], []
-    for path in paths:
-        found = _read(path)
-        (read if isinstance(found, Cell) else problems).append(found)
-    return read, problems
+    found = [_read(path) for path in paths]
+    return [x for x in found if isinstance(x, Cell)], [x for x in found if isinstance(x, Problem)]
 
 
 def has_cell(folder: str | Path, cell_id: str) -> bool:

@@ -15,6 +15,8 @@ import pytest
 
 from kvbench import leaderboard
 from kvbench.leaderboard import build, load, main_compare, main_leaderboard
+from kvbench.leaderboard.needles import bins, heat
+from kvbench.leaderboard.words import column
 from kvbench.results import cell_id, write_cell
 
 HOSTILE = "<script>alert(1)</script>|[red]\"'`x`{{7*7}}&\x1b[31m"
@@ -231,7 +233,7 @@ def test_perplexity_is_shown_and_its_score_is_ranked(tmp_path):
     assert stacks["full cache"].tasks["ppl"].perplexity.estimate == pytest.approx(math.sqrt(2 * 4))
     assert stacks["a"].tasks["ppl"].perplexity.estimate == pytest.approx(math.sqrt(2 * 8))
     assert stacks["a"].headline.estimate == pytest.approx(0.3125 / 0.375)
-    assert leaderboard.column(section.tasks[0]) == "ppl"
+    assert column(section.tasks[0]) == "ppl"
 
 
 def test_without_a_full_cache_the_rank_is_on_raw_scores(tmp_path, capsys):
@@ -357,7 +359,7 @@ def test_needle_maps_average_by_length_and_depth(tmp_path):
     rows = [sample(i, v, task="niah", meta={"length": n, "depth": d}) for i, (n, d, v) in enumerate(grid)]
     write(tmp_path, cell(task="niah", samples=rows), cell("h2o", "kivi4", task="niah", samples=rows, memory=0.25))
     board = build(tmp_path, resamples=100, quiet=True)
-    one = leaderboard.heat(board.sections[0].stacks[0])
+    one = heat(board.sections[0].stacks[0])
     assert (one.lengths, one.depths) == (["512", "1k"], ["0%", "100%"])
     assert one.values[0] == [0.5, 0] and one.values[1][0] == 1 and math.isnan(one.values[1][1])
     assert {p.name for p in board.files if p.suffix == ".png"} == {
@@ -367,8 +369,20 @@ def test_needle_maps_average_by_length_and_depth(tmp_path):
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_needle_maps_of_an_earlier_leaderboard_are_removed(tmp_path):
+    rows = [sample(i, i % 2, task="niah", meta={"length": 512, "depth": i / 4}) for i in range(4)]
+    write(tmp_path, cell(task="niah", samples=rows))
+    stale = ["niah_gone-0.5.png", "niah_2_tiny-bfloat16_gone.png"]
+    kept = ["niah_MINE.png", "niah-notes.png", "my_niah_x.png", "niah_gone.txt"]
+    for name in (*stale, *kept):
+        (tmp_path / name).write_text("")
+    build(tmp_path, resamples=100, quiet=True)
+    left = {p.name for p in tmp_path.iterdir()}
+    assert {*kept, "niah.png", "niah_full-cache.png"} <= left and not left & set(stale)
+
+
 def test_many_depths_are_binned():
-    edges, index = leaderboard._bins([i / 100 for i in range(101)])
+    edges, index = bins([i / 100 for i in range(101)])
     assert len(edges) == 10 and index(0.0) == 0 and index(1.0) == 9 and index(0.55) == 5
 
 
@@ -427,9 +441,9 @@ def test_damaged_files_are_reported_beside_the_table(tmp_path, capsys):
 
 
 def test_a_whole_sweep(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(leaderboard, "PATIENCE_S", 0.0)
+    monkeypatch.setattr("kvbench.leaderboard.progress.PATIENCE_S", 0.0)
     sweep(tmp_path, n=12, memories=(0.25,), evictors=2)
-    monkeypatch.setattr(leaderboard, "write_plots", lambda board, out: [])  # tested above, and slow in this number
+    monkeypatch.setattr("kvbench.leaderboard.board.write_plots", lambda board, out: [])  # tested above, and slow
     board = build(tmp_path, resamples=200)
     (section,) = board.sections
     assert len(section.stacks) == 4 + 2 * 3 + 2 * 4  # kivi2 would keep more than all tokens at this memory
@@ -512,10 +526,11 @@ def test_an_ambiguous_name_lists_its_meanings(tmp_path, capsys):
 
 
 def test_plotting_is_imported_only_where_it_is_used():
-    tree = ast.parse(Path(leaderboard.__file__).read_text())
-    names = {n.name for x in tree.body if isinstance(x, ast.Import) for n in x.names}
-    names |= {x.module for x in tree.body if isinstance(x, ast.ImportFrom)}
-    assert not {name.split(".")[0] for name in names} & {"matplotlib", "plotly", "rich", "jinja2", "scipy"}
+    for path in Path(leaderboard.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = {n.name for x in tree.body if isinstance(x, ast.Import) for n in x.names}
+        names |= {x.module for x in tree.body if isinstance(x, ast.ImportFrom)}
+        assert not {name.split(".")[0] for name in names} & {"matplotlib", "plotly", "rich", "jinja2", "scipy"}, path
 
 
 if __name__ == "__main__":  # a folder to look at: python tests/test_leaderboard.py FOLDER

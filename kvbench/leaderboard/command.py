@@ -1,0 +1,60 @@
+"""The commands `kvbench leaderboard` and `kvbench compare`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from kvbench import stats
+from kvbench.leaderboard.board import build
+from kvbench.leaderboard.verdict import compare
+from kvbench.leaderboard.words import plain
+from kvbench.results import ResultsError, read_cells
+
+
+def main_leaderboard(argv: Sequence[str] | None = None) -> int:
+    """`kvbench leaderboard RESULTS [--out DIR]`"""
+    parser = argparse.ArgumentParser(prog="kvbench leaderboard", description="Build the leaderboard of recorded runs.")
+    parser.add_argument("results", help="folder with cells/*.json")
+    parser.add_argument("--out", help="where to write; default: the results folder")
+    parser.add_argument("--resamples", type=_positive, default=stats.RESAMPLES, help="bootstrap resamples")
+    args = parser.parse_args(argv)
+    try:
+        board = build(args.results, args.out, resamples=args.resamples)
+    except (ResultsError, ValueError) as error:
+        return _fail(error)
+    print(f"wrote {board.files[2]} and {len(board.files) - 1} more files")
+    return 0
+
+
+def main_compare(argv: Sequence[str] | None = None) -> int:
+    """`kvbench compare A B RESULTS`"""
+    parser = argparse.ArgumentParser(
+        prog="kvbench compare", description="Say whether two stacks differ, and by how much."
+    )
+    parser.add_argument("a", help="a stack as the leaderboard names it, such as h2o+kivi4@0.25")
+    parser.add_argument("b", help='the other one; "full" is the uncompressed cache')
+    parser.add_argument("results", help="folder with cells/*.json")
+    parser.add_argument("--resamples", type=_positive, default=stats.RESAMPLES, help="bootstrap resamples")
+    args = parser.parse_args(argv)
+    try:
+        cells, problems = read_cells(args.results)
+        verdicts = compare(args.a, args.b, cells, resamples=args.resamples)
+    except (ResultsError, ValueError) as error:
+        return _fail(error)
+    print("\n\n".join(verdicts))
+    for problem in problems:
+        print(f"not used: {plain(problem.file)}: {plain(problem.reason)}", file=sys.stderr)
+    return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {plain(error)}", file=sys.stderr)
+    return 1

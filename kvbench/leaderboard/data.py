@@ -1,0 +1,166 @@
+"""What a leaderboard is made of: sections of stacks in budget groups, and the cells that are in no table."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvbench import stats
+from kvbench.results import Cell, Problem
+from kvbench.stats import Interval
+
+FULL, NONE = "full", "none"
+SOLID, FAINT = 0.9, 0.5  # frontier probability at which a point is drawn on the front
+
+
+@dataclass(frozen=True, order=True)
+class Group:
+    """Stacks that were given the same budget; ordered from the loosest to the tightest."""
+
+    kind: int  # 0 no budget, 1 bytes, 2 share of tokens, 3 number of tokens
+    minus: float  # minus the budget, so that sorting puts the loosest first
+
+    @property
+    def label(self) -> str:
+        value = -self.minus
+        share = f"{100 * value:.4g}%"
+        return ("no budget", f"{share} of the bytes", f"{share} of the tokens", f"{value:g} tokens")[self.kind]
+
+    @property
+    def suffix(self) -> str:
+        value = f"{-self.minus:.4g}"
+        return ("", f"@{value}", f"@{value}tokens", f"@{value}tokens")[self.kind]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A stack on one task."""
+
+    score: Interval
+    retention: Interval | None
+    perplexity: Interval | None
+    n: int
+
+
+@dataclass
+class Stack:
+    """One row: a stack of policies over all tasks of its section."""
+
+    name: str
+    key: str  # the name with its budget, unique in the section: what `compare` takes
+    evict: str
+    quant: str
+    text: str  # the full configuration of the stack
+    group: Group
+    cells: list[Cell]
+    index: int  # position among the section's policies
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
+    headline: Interval = Interval(math.nan, math.nan, math.nan)
+    delta: Interval | None = None
+    detectable: float = math.nan
+    rho: float = math.nan  # measured bytes / bytes of the full cache, end of prefill
+    rho_final: float = math.nan
+    kept: float = math.nan  # kept tokens / prompt tokens
+    frontier: float = math.nan
+    rank: int | None = None
+    like_best: bool = False
+    missing: tuple[str, ...] = ()
+
+    @property
+    def is_full(self) -> bool:
+        return self.evict == FULL and self.quant == NONE
+
+    @property
+    def n(self) -> int:
+        return sum(t.n for t in self.tasks.values())
+
+    @property
+    def failed_checks(self) -> list[str]:
+        return sorted({name for cell in self.cells for name, value in cell.checks.items() if value is False})
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """A task of a section, whatever the stack."""
+
+    label: str
+    kind: str
+    fields: dict[str, Any]
+    n: int
+    seeds: tuple[int, ...]
+    truncated: float | None  # share of samples with truncated prompts, where recorded
+    full: Interval | None
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """An interaction contrast: does adding the quantizer to the evictor cost more than both alone?"""
+
+    stack: Stack
+    value: stats.Interaction
+
+    @property
+    def verdict(self) -> str:
+        if not self.value.nonadditive:
+            return "no departure from additive"
+        return "stacking hurts more than the sum" if self.value.score.estimate > 0 else "damages overlap"
+
+
+@dataclass
+class Section:
+    """One model in one query mode."""
+
+    title: str
+    slug: str  # part of its file names
+    model: dict[str, Any]
+    query_aware: bool
+    stacks: list[Stack]
+    tasks: list[TaskInfo]
+    retention: bool  # whether the headline is retention or, without a full cache, the raw score
+    notes: list[str]
+    caption: list[str]
+    floor: stats.Floor | None
+    contrasts: list[Contrast]
+
+    @property
+    def mode(self) -> str:
+        return "query-aware" if self.query_aware else "query-agnostic"
+
+    @property
+    def groups(self) -> list[tuple[Group, list[Stack]]]:
+        """Stacks in rank order by group; incomplete ones last."""
+        grouped = defaultdict(list)
+        for stack in self.stacks:
+            grouped[stack.group].append(stack)
+        order = {g: sorted(s, key=lambda x: (x.rank is None, x.rank or 0, x.key)) for g, s in grouped.items()}
+        return sorted(order.items())
+
+    @property
+    def headline(self) -> str:
+        return "retention" if self.retention else "raw score"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A cell that is in no table."""
+
+    status: str
+    section: str
+    stack: str
+    task: str
+    reason: str
+
+
+@dataclass
+class Leaderboard:
+    """All sections of a folder of results."""
+
+    sections: list[Section]
+    left_out: list[LeftOut]
+    problems: list[Problem]
+    cells: int
+    resamples: int
+    files: list[Path] = field(default_factory=list)

@@ -1,0 +1,172 @@
+"""Cells sorted into sections and stacks: what belongs together, what it is called, what cannot be paired."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvbench import stats
+from kvbench.leaderboard.data import FULL, NONE, Group, LeftOut, Stack
+from kvbench.leaderboard.words import natural
+from kvbench.results import Cell, Sample, canonical
+
+STRANGE = "its prompts (prompt_sha256) are not those of the other stacks"
+
+
+@dataclass
+class Material:
+    """The cells of one section, sorted into stacks that can be paired."""
+
+    title: str
+    cells: list[Cell]
+    labels: dict[str, str]  # canonical task -> column name
+    left_out: list[LeftOut]
+    stacks: list[Stack] = field(default_factory=list)
+    scores: list[stats.Run] = field(default_factory=list)
+    nlls: list[stats.Run] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reseeded = _reseeded(self.cells)
+
+    @property
+    def full(self) -> int | None:
+        return next((s.index for s in self.stacks if s.is_full), None)
+
+    def label(self, cell: Cell) -> str:
+        return self.labels[canonical(cell.config.task)]
+
+    def run(self, name: str, cells: Sequence[Cell], value: Callable[[Sample], float | None]) -> stats.Run:
+        """The rows of one stack. Runs with other policy seeds on the same prompts are averaged per sample."""
+        tasks: dict[str, dict[str, list[stats.Row]]] = defaultdict(lambda: defaultdict(list))
+        for cell in cells:
+            task = canonical(cell.config.task)
+            rows = tasks[self.labels[task]]
+            for s in cell.samples:
+                if (number := value(s)) is not None:
+                    sample = f"{s.sample_id} (seed {cell.config.seed})" if task in self.reseeded else s.sample_id
+                    cluster = str(s.meta["cluster"]) if "cluster" in s.meta else None
+                    rows[sample].append(stats.Row(number, s.prompt_sha256, cluster))
+        mean = {
+            task: {k: r[0]._replace(score=statistics.fmean(x.score for x in r)) for k, r in rows.items()}
+            for task, rows in tasks.items()
+            if rows
+        }
+        ordered = {label: mean[label] for label in self.labels.values() if label in mean}
+        return stats.Run(name, cells[0].config.query_aware, ordered)
+
+
+def sort_cells(cells: Sequence[Cell]) -> list[Material]:
+    """One entry per model and query mode, in alphabetical order."""
+    grouped: dict[tuple[str, bool, str], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        grouped[cell.config.model.name, cell.config.query_aware, _identity(cell)].append(cell)
+    titles = Counter(_title(group[0]) for group in grouped.values())
+    found = []
+    for key, group in sorted(grouped.items(), key=lambda item: item[0]):
+        title = _title(group[0])
+        if titles[title] > 1:  # two models of one name: tell them apart by where they were loaded from
+            title += f" · {group[0].config.model.path or key[2]}"
+        found.append(_sort_section(title, group))
+    return found
+
+
+def _identity(cell: Cell) -> str:
+    # Batch size, attention kernel and the like do not make another model: two such runs are an A/A pair.
+    model = cell.config.model.model_dump()
+    return canonical({k: model.get(k) for k in ("name", "path", "dtype", "revision")})
+
+
+def _title(cell: Cell) -> str:
+    model, mode = cell.config.model, "query-aware" if cell.config.query_aware else "query-agnostic"
+    return " · ".join(filter(None, (model.name, model.dtype, mode)))
+
+
+def _sort_section(title: str, cells: list[Cell]) -> Material:
+    labels, names = _task_labels(cells), _stack_names(cells)
+    usable, strangers = _split_by_prompts([c for c in cells if c.status == "done"])
+    unusable = [(c, c.status, c.reason or "") for c in cells if c.status != "done"]
+    left_out = [
+        LeftOut(status, title, names[canonical(c.config.policy)][1], labels[canonical(c.config.task)], reason)
+        for c, status, reason in [*unusable, *((c, "not comparable", STRANGE) for c in strangers)]
+    ]
+    material = Material(title, usable, labels, left_out)
+    by_stack: dict[str, list[Cell]] = defaultdict(list)
+    for cell in usable:
+        by_stack[canonical(cell.config.policy)].append(cell)
+    for index, (policy, own) in enumerate(sorted(by_stack.items())):
+        own.sort(key=lambda c: (natural(material.label(c)), c.config.seed))
+        name, key = names[policy]
+        config = own[0].config.policy
+        material.stacks.append(Stack(name, key, config.evict, config.quant, config.stack, _group(own[0]), own, index))
+        material.scores.append(material.run(key, own, lambda s: s.score))
+        material.nlls.append(material.run(key, own, lambda s: s.nll))
+    return material
+
+
+def _task_labels(cells: Sequence[Cell]) -> dict[str, str]:
+    """Canonical task config -> column name: the task's name, with the fields that tell namesakes apart."""
+    configs = {canonical(c.config.task): c.config.task.model_dump(mode="json") for c in cells}
+    labels = {}
+    for key, config in configs.items():
+        namesakes = [other for other in configs.values() if other["name"] == config["name"]]
+        differing = sorted(k for k in config if len({canonical(o.get(k)) for o in namesakes}) > 1)
+        labels[key] = " ".join([config["name"], *(f"{k}={config[k]}" for k in differing)])
+    return dict(sorted(labels.items(), key=lambda item: natural(item[1])))
+
+
+def _stack_names(cells: Sequence[Cell]) -> dict[str, tuple[str, str]]:
+    """Canonical policy -> (name, key). Stacks that differ only in details carry the details in their name."""
+    policies = {canonical(c.config.policy): c for c in cells}
+    short = {}
+    for key, cell in policies.items():
+        policy = cell.config.policy
+        parts = [p for p, absent in ((policy.evict, FULL), (policy.quant, NONE)) if p != absent]
+        short[key] = " + ".join(parts) or "full cache", _group(cell).suffix
+    count = Counter(short.values())
+    named = {}
+    for key, (name, suffix) in short.items():
+        if count[name, suffix] > 1:
+            name = policies[key].config.policy.stack
+            named[key] = name, name
+        else:
+            named[key] = name, name.replace(" + ", "+") + suffix
+    return named
+
+
+def _group(cell: Cell) -> Group:
+    policy = cell.config.policy
+    if policy.memory is not None:
+        return Group(1, -float(policy.memory))
+    if policy.budget is not None:
+        return Group(2 if isinstance(policy.budget, float) else 3, -float(policy.budget))
+    return Group(0, 0.0)
+
+
+def _split_by_prompts(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
+    """Cells on the prompts of the full cache (or else of most cells) for the same task and seed, and the others."""
+    votes: dict[tuple[str, int, str], Counter[str]] = defaultdict(Counter)
+    for cell in cells:
+        task, seed, policy = canonical(cell.config.task), cell.config.seed, cell.config.policy
+        weight = len(cells) if policy.evict == FULL and policy.quant == NONE else 1
+        for s in cell.samples:
+            votes[task, seed, s.sample_id][s.prompt_sha256] += weight
+    chosen = {key: count.most_common(1)[0][0] for key, count in votes.items()}
+    usable: list[Cell] = []
+    strangers: list[Cell] = []
+    for cell in cells:
+        task, seed = canonical(cell.config.task), cell.config.seed
+        same = all(chosen[task, seed, s.sample_id] == s.prompt_sha256 for s in cell.samples)
+        (usable if same else strangers).append(cell)
+    return usable, strangers
+
+
+def _reseeded(cells: Sequence[Cell]) -> set[str]:
+    """Tasks whose seed changes the prompts: there a sample is known by its id and seed together."""
+    shas: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for cell in cells:
+        task = canonical(cell.config.task)
+        for s in cell.samples:
+            shas[task, s.sample_id].add(s.prompt_sha256)
+    return {task for (task, _), found in shas.items() if len(found) > 1}
