@@ -88,8 +88,8 @@ class Lessons:
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.nouns, self.adjectives = one(vocabulary.nouns), one(vocabulary.adjectives)
         self.verbs, self.numbers = one(vocabulary.verbs), one(NUMBERS)
-        self.stop = ids(" .")[0]
-        self.note = ids(" note : code for")
+        self.stop, self.every = ids(" .")[0], range(3, len(tokenizer))
+        self.note, self.opening_note = ids(" note : code for"), ids("note : code for")
         self.ask, self.reply = ids("\nquestion : which code for"), [*ids(" ?\n"), *ids("answer : code for")]
         self.fact_len = len(self.note) + 2 + 3 + 1
         self.query_len = len(self.ask) + 2 + len(self.reply) + 2 + 3 + 1
@@ -117,19 +117,26 @@ class Lessons:
         return ids
 
     def questions(self, rng: random.Random, length: int, text_weight: float) -> tuple[list[int], list[float]]:
-        """Notes in filler, then questions with their answers."""
+        """Notes in filler, then questions with their answers; at times a run of arbitrary tokens stands in the filler.
+
+        A token that never occurs in training is not neutral: as input it can draw all attention and break recall.
+        """
         most = min((length - 1 - self.query_len) // (self.fact_len + 1), 64)
         count = min(most, rng.choice((1, 1, 2, 4, 8, 8, 8, 16, 32, rng.randint(1, most))))
         asked = min(count, 8, max(1, (length - 1 - count * self.fact_len) // self.query_len))
         asked = asked if rng.random() < 0.7 else 1
         room = length - 1 - count * self.fact_len - asked * self.query_len
         filler = self.text(rng, room if rng.random() < 0.85 else rng.randint(0, room))
+        if filler and rng.random() < 0.2:
+            at = rng.randrange(len(filler))
+            filler[at : at + 32] = rng.choices(self.every, k=len(filler[at : at + 32]))
         facts = self.facts(rng, count)
         ends = [0, *(i + 1 for i, token in enumerate(filler) if token == self.stop)]
         places = sorted(rng.choice(ends) for _ in facts)
         ids, begin = [self.bos], 0
         for place, (key, value) in zip(places, facts, strict=True):
-            ids += [*filler[begin:place], *self.note, *key, *value, self.stop]
+            ids += filler[begin:place]
+            ids += [*(self.note if len(ids) > 1 else self.opening_note), *key, *value, self.stop]
             begin = place
         ids += filler[begin:]
         weights = [text_weight] * len(ids)
@@ -145,13 +152,14 @@ class Lessons:
         ids, weights = [self.bos], [0.0]
         for turn in range(2):
             for key, value in rng.sample(facts, len(facts)):
-                ids += [*self.note, *key, *value, self.stop]
+                ids += [*(self.note if len(ids) > 1 else self.opening_note), *key, *value, self.stop]
                 weights += [0.0] * (self.fact_len - 4) + [1.0 * turn] * 3 + [0.0]
         return self.fill(rng, ids, weights, length, text_weight)
 
     def copied(self, rng: random.Random, length: int, text_weight: float) -> tuple[list[int], list[float]]:
         """A random segment over and over, from so few words that one word does not tell the next."""
-        pool = rng.sample(self.nouns + self.adjectives + self.verbs + self.numbers, rng.choice((12, 40, 200)))
+        known = self.nouns + self.adjectives + self.verbs + self.numbers
+        pool = rng.sample(known if rng.random() < 0.5 else self.every, rng.choice((12, 40, 200)))
         period = rng.randint(16, max(17, length // 2 - 1))
         segment = [rng.choice(pool) for _ in range(period)]
         ids = [self.bos, *(segment * (length // period + 1))][:length]
@@ -424,7 +432,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ASSET, help="folder of the finished model")
     parser.add_argument("--work", type=Path, default=Path("build/proving"), help="folder of checkpoints")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--minutes", type=float, default=1e6, help="finish in this time, even with fewer steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=3e-3)
