@@ -1,12 +1,12 @@
 """How much a sweep saves by prefilling once: N stacks together against the same stacks one by one, in one process.
 
     python scripts/bench_sweep.py                     # 1k and 8k tokens, 24 stacks; minutes on two CPU cores
-    python scripts/bench_sweep.py --lengths 1024 --out results/bench_sweep/rows.jsonl
+    python scripts/bench_sweep.py --lengths 1024 --samples 4
 
 The model has random weights (only speed is measured): a Llama of --layers layers, hidden size --hidden, grouped-query
-heads of 64. A single run is one stack by itself: prefill, compression, decoding of the answer. Reported per length:
-seconds of the sweep, of one single run (mean over all stacks and over the full cache alone), and the cost of the sweep
-in single runs. Rows carry machine, versions and commit.
+heads of 64. A single run is one stack by itself on the same batch of prompts: prefill, compression, decoding of the
+answer. Reported per length: seconds of the sweep, of a single run (mean, least, most over the ones timed), and the cost
+of the sweep in single runs. Rows carry machine, versions and commit.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def stacks() -> list[Policy]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192])
-    parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--singles", type=int, default=6, help="stacks timed one by one (spread over the 24)")
+    parser.add_argument("--samples", type=int, nargs="+", default=[4, 1], help="batch of prompts, per length")
+    parser.add_argument("--singles", type=int, default=4, help="stacks timed one by one, spread over the 24")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -61,8 +61,8 @@ def main() -> None:
     model = LlamaForCausalLM(config).eval().to(getattr(torch, options.dtype))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
-    for length in options.lengths:
-        row = measure(model, tokenizer, length, options.samples, options.singles)
+    for length, samples in zip(options.lengths, options.samples, strict=True):
+        row = measure(model, tokenizer, length, samples, options.singles)
         row |= {
             "layers": options.layers, "hidden": options.hidden, "dtype": options.dtype,
             "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
