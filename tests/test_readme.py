@@ -16,5 +16,7 @@ def test_example_runs(monkeypatch, capsys):
 
 
 def test_links_lead_somewhere():
-    missing = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link and not (ROOT / link).exists()]
+    missing = [
+        link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link and not (ROOT / link).exists()
+    ]
     assert not missing

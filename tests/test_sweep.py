@@ -95,7 +95,9 @@ def test_wandb_gets_a_row_per_cell_when_asked(kvbench, monkeypatch):
         return Run()
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    code, output = kvbench("evict=keydiff", "budget=64", "wandb.mode=offline", "noise_floor=false", "out=logged", *SMALL)
+    code, output = kvbench(
+        "evict=keydiff", "budget=64", "wandb.mode=offline", "noise_floor=false", "out=logged", *SMALL
+    )
     assert code == 0, output
     assert started["mode"] == "offline" and started["project"] == "kvbench"
     names = {key for row in logged for key in row}
