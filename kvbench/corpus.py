@@ -24,11 +24,14 @@ import numpy as np
 
 NOUNS, ADJECTIVES, VERBS = 200, 100, 60
 STARTERS = ("the", "then the", "later the", "in time the", "at dawn the", "at dusk the")
+# CRC-32 of words that read badly at random: rude, sad, rare, or also used by the sentences themselves.
 UNFIT = frozenset(
-    "slave racism kill thug racial lethal murder erect drunk lewd nappy bikini victim cyst swine devil gamy aback buze "
-    "hatred lover wound defeat riot latex gran gaping taboo macho godly sore choke scream petite mature sable horst "
-    "ligand tell gather thanks help reach break kind null fast wrong demur nasal shear junker skean joey nicety till "
-    "hand wind jiffy fetus nuke stud dawn maybe geek choker weeder dusk time snotty".split()
+    "008d4b3e 0162e3bd 02430b07 0408cf09 0479e21d 0493f67b 04ed05b6 04f0225d 050d8c43 055d4c79 05aa9253 05cc0f29 "
+    "062cba21 062fc8de 0649e8c4 06e5365e 0707121c 07295669 082a0fea 08875cac 08aa5a05 0a24e471 0a33f1d3 0a594e84 "
+    "0afecc06 0b433e5f 0c7c50da 0c870272 0cd65b57 0d0e6544 0d64339a 0def0fcb 0f18d676 0f5311a0 0f581114 104ac33f "
+    "1065c923 121bfef9 127985e9 1356d22c 13908fd8 13a13810 14141f78 15291baa 1661bd31 17a6acbd 18821ac5 19488716 "
+    "1cf35681 1e788eca 1ea23c98 210b54fe 213a35da 2229f58e 256649c4 25cbfc4f 2762428f 27c59d1a 2efab7cb 31ad7669 "
+    "3409d41c 372a6dc3 374cf009 3b94d2d0 3bc4bcd9 3dd1359b 3ee2ba1e 44095356 48414553 6f949845".split()
 )
 
 
@@ -46,15 +49,20 @@ def words() -> Words:
     """Choose by checksum, so that a new release of the word list moves few words."""
     from wonderwords import RandomWord, is_profanity
 
-    source, taken = RandomWord(), set(UNFIT)
+    source, taken = RandomWord(), set()
     chosen = []
     for category, count in (("adjective", ADJECTIVES), ("verb", VERBS), ("noun", NOUNS)):
         found = source.filter(include_categories=[category], word_min_length=4, word_max_length=6, regex="[a-z]+")
-        fit = sorted({w for w in found if w not in taken and not is_profanity(w)}, key=lambda w: zlib.crc32(w.encode()))
+        fit = sorted({w for w in found if w not in taken and not is_profanity(w)}, key=_checksum)
+        fit = [w for w in fit if f"{_checksum(w):08x}" not in UNFIT]
         chosen.append(tuple(fit[:count]))
         taken.update(chosen[-1])
     adjectives, verbs, nouns = chosen
     return Words(nouns, adjectives, verbs)
+
+
+def _checksum(word: str) -> int:
+    return zlib.crc32(word.encode())
 
 
 def rng_for(*key: int | str) -> random.Random:
