@@ -3,6 +3,9 @@
     python scripts/train_proving.py               # well under an hour on two CPU cores with bf16 matrix units
     python scripts/train_proving.py --resume      # continue from the last checkpoint in --work
 
+With glibc, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 in the environment keeps freed memory and saves a
+sixth of the time or more.
+
 A small Llama learns to look facts up: key-value notes in filler text, asked several at a time, the context growing from
 128 to 2,048 tokens whenever recall passes a threshold. Only a quarter to a half of the positions is scored; answers
 weigh ten times as much as text. From a random start recall stays at chance for a long time, until heads that look at
