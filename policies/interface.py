@@ -135,9 +135,13 @@ class KV:
         """[B] int64: what each batch row would hold alone: `nbytes` less spare capacity and dead columns."""
         total = self.keys.row_nbytes() + self.values.row_nbytes()
         slots = self.counts.per_head
-        for column in self.columns.values():
+        for name, column in self.columns.items():
             lists = slots if column.shape[1] > 1 or slots.shape[1] == 1 else slots[:, :1]
-            total = total + lists.sum(1) * column.element_size()
+            held = lists.sum(1) * column.element_size()
+            if name == "position":  # a row that has lost nothing would not hold any, alone
+                slot = torch.arange(column.shape[-1], device=column.device)
+                held = held * ((column != slot) & (column >= 0)).flatten(1).any(1)
+            total = total + held
         return total
 
 

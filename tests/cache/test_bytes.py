@@ -195,3 +195,22 @@ def test_no_square_matrix(policy, lengths, tiny, do, monkeypatch) -> None:
     with Largest() as second:
         do.feed(model, cache, ids[:, :600], turn)
     assert second.numel <= 2**20 < 600 * 600 * 4
+
+
+def test_row_that_fits_pays_for_no_positions_beside_one_that_does_not(tiny):
+    """The short row keeps everything, and alone it would store no positions."""
+    model = tiny("llama", dtype=torch.bfloat16)
+    policy = SnapKV(budget=40, window=4)
+    rows = [torch.randint(2, 40, (1, n)) for n in (60, 33)]
+    alone = []
+    for ids in rows:
+        cache = CompressedCache(model, policy)
+        model(ids, past_key_values=cache)
+        alone.append(int(cache.row_nbytes()))
+    batch = torch.zeros(2, 60, dtype=torch.long)
+    batch[0], batch[1, 27:] = rows[0][0], rows[1][0]
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[1, :27] = 0
+    cache = CompressedCache(model, policy)
+    model(batch, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
+    assert cache.row_nbytes().tolist() == alone
