@@ -49,7 +49,8 @@ def words() -> Words:
     """Choose by checksum, so that a new release of the word list moves few words."""
     from wonderwords import RandomWord, is_profanity
 
-    source, taken = RandomWord(), set()
+    source = RandomWord()
+    taken: set[str] = set()
     chosen = []
     for category, count in (("adjective", ADJECTIVES), ("verb", VERBS), ("noun", NOUNS)):
         found = source.filter(include_categories=[category], word_min_length=4, word_max_length=6, regex="[a-z]+")
