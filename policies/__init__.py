@@ -25,4 +25,7 @@ __all__ = [*POLICIES, "KV", "POLICIES", "BudgetError", "Evictor", "Policy", "Qua
 
 
 def __getattr__(name: str) -> Any:
-    raise AttributeError(f"no policy named {name!r} in kvbench.policies; there are: {', '.join(POLICIES)}")
+    if name.startswith("_"):  # what Python itself looks for on a module
+        raise AttributeError(name)
+    # An AttributeError would be replaced by "cannot import name", without the list.
+    raise ImportError(f"no policy named {name!r} in kvbench.policies; there are: {', '.join(POLICIES)}")
