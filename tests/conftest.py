@@ -47,16 +47,6 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Folder of real data slices, which the repository does not carry: $KVBENCH_DATA, else ../shared/data."""
-    named = os.environ.get("KVBENCH_DATA")
-    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no data folder at {folder}; name one with KVBENCH_DATA")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def tiny() -> tuple:
     """A tiny random Llama (float32, sharp attention, context 1,024) and a byte-level tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
