@@ -10,10 +10,10 @@ key-value head h // G), T new tokens, S slots, K kept slots, D head dim.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import reduce
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,12 +32,16 @@ class KV:
 
     columns: name -> [B, H or 1, S]. "position" (int32, -1 = dead column) is left out as long as slot s holds token s,
     so an untouched cache pays nothing for it; read it through `position`. "attention" (float32) is the accumulated
-    attention each slot received.
+    attention each slot received. Policies keep columns of their own, [B, H or 1, S] or [B, H or 1, S, X]; new slots
+    start at zero.
+    side: name -> [B, ...], facts that do not ride with single slots (bounds of pages, say). Evicting drops them, as it
+    moves the slots they are about; their policy makes them anew.
     """
 
     keys: Held
     values: Held
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    side: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor) -> KV:
@@ -82,13 +86,14 @@ class KV:
                 assert seen is not None, "a cache that has evicted must be told how many tokens it has seen"
                 new = (seen[:, None] + rank)[:, None].to(old.dtype)
             else:
-                new = old.new_zeros((batch, 1, tokens))
+                new = old.new_zeros((batch, 1, tokens, *old.shape[3:]))
             counts = self.counts if old.shape[1] > 1 else self.counts.first_head()
-            padded, grown = append_columns(old, counts, new.expand(-1, old.shape[1], -1), valid, spare=False)
+            new = new.expand(-1, old.shape[1], *new.shape[2:])
+            padded, grown = append_columns(old, counts, new, valid, spare=False)
             if name == "position" and grown.even is None:
                 padded = torch.where(grown.live(), padded, -1)
             columns[name] = padded
-        return KV(self.keys.append(keys, valid), self.values.append(values, valid), columns)
+        return KV(self.keys.append(keys, valid), self.values.append(values, valid), columns, self.side)
 
     def gather(self, indices: Tensor, counts: Counts | None = None) -> KV:
         """Keeps the slots `indices` [B, H or 1, K], ascending, -1 padded at the end: the only way to drop slots."""
@@ -103,7 +108,7 @@ class KV:
         for name, column in {**self.columns, "position": self.position}.items():
             if column.shape[1] == 1 or indices.shape[1] == 1:
                 shared = max(column.shape[1], indices.shape[1])
-                kept = take_columns(column.expand(-1, shared, -1), indices.expand(-1, shared, -1))
+                kept = take_columns(column.expand(-1, shared, *column.shape[2:]), indices.expand(-1, shared, -1))
             else:
                 kept = take_columns(column, indices)
             columns[name] = torch.where(indices >= 0, kept, -1) if name == "position" else kept
@@ -113,7 +118,15 @@ class KV:
         """Rows of the batch, in the given order, with repetition (beam search)."""
         keys = self.keys.select(batch)
         columns = {name: column[batch, :, : keys.counts.width] for name, column in self.columns.items()}
-        return KV(keys, self.values.select(batch), columns)
+        return KV(keys, self.values.select(batch), columns, {name: x[batch] for name, x in self.side.items()})
+
+    def with_columns(self, **columns: Tensor) -> KV:
+        """The same slots with these columns added or replaced."""
+        return KV(self.keys, self.values, {**self.columns, **columns}, self.side)
+
+    def flattened(self) -> KV:
+        """The same slots with no memory for dead ones: for heads (or rows) that keep very different numbers."""
+        return KV(self.keys.flattened(), self.values.flattened(), self.columns, self.side)
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """Keys and values as attention reads them: two tensors [B, H, S, D]."""
@@ -125,6 +138,7 @@ class KV:
             for name, tensor in held.tensors():
                 yield f"{side}.{name}", tensor
         yield from self.columns.items()
+        yield from self.side.items()
 
     @property
     def nbytes(self) -> int:
@@ -134,10 +148,11 @@ class KV:
     def row_nbytes(self) -> Tensor:
         """[B] int64: what each batch row would hold alone: `nbytes` less spare capacity and dead columns."""
         total = self.keys.row_nbytes() + self.values.row_nbytes()
+        total = total + sum(x[0].numel() * x.element_size() for x in self.side.values())
         slots = self.counts.per_head
         for name, column in self.columns.items():
             lists = slots if column.shape[1] > 1 or slots.shape[1] == 1 else slots[:, :1]
-            held = lists.sum(1) * column.element_size()
+            held = lists.sum(1) * (column[0, 0, :1].numel() * column.element_size())
             if name == "position":  # a row that has lost nothing would not hold any, alone
                 slot = torch.arange(column.shape[-1], device=column.device)
                 held = held * ((column != slot) & (column >= 0)).flatten(1).any(1)
@@ -146,27 +161,99 @@ class KV:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Queries of tokens that never join the cache: a draft of the answer, or learned soft tokens, after the prompt.
+
+    queries [B, Hq, n, D] and keys [B, H, n, D], both after RoPE; position [B, n] int64; valid [B, n] bool.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    position: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean [B, Hq, D] and covariance [B, Hq, D, D] (float32) of a prompt's queries before RoPE."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True)
+class Draft:
+    """needs["probe"]: queries of up to `tokens` greedily drafted tokens of the answer.
+
+    by: who drafts: a policy (the model itself on its cache compressed so), "ngram" (what followed the last occurrence
+    of the prompt's newest tokens), or the path of a smaller model with the same tokenizer.
+    verify: take the queries from a forward of the draft over the full cache, not from the drafting itself.
+    """
+
+    tokens: int
+    by: Policy | str
+    verify: bool = False
+
+
+@dataclass(frozen=True)
+class SoftTokens:
+    """needs["probe"]: queries of learned tokens, with adapters that are on for them alone; path: a trained folder."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """needs["probe"]: the model reads its context again, `chunk` tokens at a time, each after `instruction`.
+
+    Gives the column "repeat" [B, H, S]: the most attention that any of these queries paid to a slot.
+    """
+
+    chunk: int
+    instruction: str
+
+
+@dataclass(frozen=True)
 class Step:
     """What just happened to one layer; read-only.
 
-    prompt: [B] int64 real tokens seen up to the end of the last multi-token forward: what a budget share refers to.
+    prompt: [B] int64 real tokens up to the end of the last multi-token forward: what a budget share refers to.
     seen: [B] int64 real tokens seen. decoding: this forward brought one token after a prompt.
-    queries: [B, Hq, w, D] the last w queries after RoPE (None unless `needs["queries"]`), of which `query_valid`
-    [B, w] are real. scaling, softcap, sinks [Hq]: the layer's attention, so that scores use the model's own.
-    stack: the stack being applied; at: the index of the policy in it.
+    new: [B] int64 real tokens since the policy last ran (None: all that were seen).
+    order, layers: this is number `order` of the `layers` layers that the policy compresses (`layer`: of all layers).
+    queries: [B, Hq, w, D] the last w queries after RoPE (None unless `needs["queries"]` or `needs["window"]`), of which
+    `query_valid` [B, w] are real. scaling, softcap, sinks [Hq]: the layer's attention, so that scores use the model's
+    own. moments, probe: see `Policy.needs`. inverse_frequency [R/2]: of the RoPE, which turns the first R dims in
+    halves (supplied with moments). stack: the stack being applied; at: the index of the policy in it.
     """
 
     layer: int
     prompt: Tensor
     seen: Tensor
     decoding: bool = False
+    new: Tensor | None = None
+    order: int = 0
+    layers: int = 1
     queries: Tensor | None = None
     query_valid: Tensor | None = None
     scaling: float = 1.0
     softcap: float | None = None
     sinks: Tensor | None = None
+    moments: Moments | None = None
+    inverse_frequency: Tensor | None = None
+    probe: Probe | None = None
     stack: tuple[Policy, ...] = ()
     at: int = 0
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """The quantizer that follows in the stack."""
+        return next((p for p in self.stack[self.at + 1 :] if isinstance(p, Quantizer)), None)
+
+    def is_new(self, kv: KV) -> Tensor:
+        """[B, H or 1, S] bool: slots whose tokens came since the policy last ran."""
+        new = self.seen if self.new is None else self.new
+        return kv.position >= (self.seen - new)[:, None, None]
 
     def attention(self, kv: KV) -> Tensor:
         """Attention of the last w queries over all slots: [B, Hq, w, S] float32, zero for queries that are pads."""
@@ -174,19 +261,46 @@ class Step:
             raise ValueError('this policy needs the last queries, which its host did not supply (needs["queries"])')
         width = self.queries.shape[2]
         query_position = self.seen[:, None] - width + torch.arange(width, device=self.seen.device)
+        return self.attention_of(kv, self.queries, query_position, self.query_valid)
+
+    def attention_of(self, kv: KV, queries: Tensor, position: Tensor, valid: Tensor | None = None) -> Tensor:
+        """As `attention`, of any queries [B, Hq, w, D] at position [B, w], of which valid [B, w] are real."""
         weights = probabilities(
-            self.queries, kv.keys.dense(), query_position, kv.position,
+            queries, kv.keys.dense(), position, kv.position,
             scaling=self.scaling, softcap=self.softcap, sinks=self.sinks,
         )  # fmt: skip
-        return weights if self.query_valid is None else weights * self.query_valid[:, None, :, None]
+        return weights if valid is None else weights * valid[:, None, :, None]
+
+    def probe_attention(self, kv: KV) -> Tensor:
+        """Attention of the probe's queries over all slots: [B, Hq, n, S] float32, zero for those that are not valid.
+
+        The softmax also runs over the probe's own tokens up to each query, whose share is not returned.
+        """
+        if self.probe is None:
+            raise ValueError('this policy needs a probe of the answer, which its host did not supply (needs["probe"])')
+        probe, heads = self.probe, kv.keys.shape[1]
+        own = torch.where(probe.valid, probe.position, -1)[:, None].expand(-1, heads, -1)
+        weights = probabilities(
+            probe.queries, torch.cat([kv.keys.dense(), probe.keys], 2), probe.position,
+            torch.cat([kv.position.expand(-1, heads, -1), own], 2),
+            scaling=self.scaling, softcap=self.softcap, sinks=self.sinks,
+        )  # fmt: skip
+        return weights[..., : kv.counts.width] * probe.valid[:, None, :, None]
 
 
 class Policy(ABC):
     """One pure call `KV -> KV`. Subclasses are frozen dataclasses: compared, hashed, printed and swept."""
 
     @property
-    def needs(self) -> Mapping[str, int]:
-        """What the host must supply: {"attention": 1} accumulated column sums, {"queries": w} the last w queries."""
+    def needs(self) -> Mapping[str, Any]:
+        """What the host must supply.
+
+        "attention": 1: the column "attention", accumulated column sums. "queries": w: the last w queries of the last
+        forward. "window": w: the last w queries, kept from forward to forward. "moments": n: moments of all queries but
+        the first n. "probe": a `Draft`, `SoftTokens` or `Repeat`, run after every multi-token forward. "sentence": 1:
+        the column "sentence", the number of the sentence each token stands in. "all_layers": 1: the host calls
+        `over_layers` once the whole model has run, not each layer's policy right after its attention.
+        """
         return {}
 
     @property
@@ -194,11 +308,20 @@ class Policy(ABC):
         """Whether attention sees slots at consecutive positions (StreamingLLM) instead of their original ones."""
         return False
 
+    @property
+    def block(self) -> int | None:
+        """If set, prompts are taken in blocks of so many tokens, each attended and compressed before the next."""
+        return None
+
     def check(self, head_dim: int) -> None:  # noqa: B027 (most policies accept any head)
         """Raises ValueError if heads of this size cannot be handled."""
 
     @abstractmethod
     def __call__(self, kv: KV, step: Step) -> KV: ...
+
+    def over_layers(self, kvs: Sequence[KV], steps: Sequence[Step]) -> list[KV]:
+        """All layers at once, in order; for policies that compare layers."""
+        return [self(kv, step) for kv, step in zip(kvs, steps, strict=True)]
 
     def __or__(self, other: Policy) -> Stack:
         return Stack((*_members(self), *_members(other)))
@@ -206,9 +329,11 @@ class Policy(ABC):
     def __str__(self) -> str:
         """The call that makes this policy, fields at their default left out."""
         shown = [
-            f"{f.name}={getattr(self, f.name)!r}"
+            f"{f.name}={getattr(self, f.name)!s}"
+            if isinstance(getattr(self, f.name), Policy)
+            else f"{f.name}={getattr(self, f.name)!r}"
             for f in fields(self)  # type: ignore[arg-type]
-            if f.default is MISSING or getattr(self, f.name) != f.default
+            if f.init and (f.default is MISSING or getattr(self, f.name) != f.default)
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -229,43 +354,55 @@ class Stack(Policy):
         object.__setattr__(self, "policies", tuple(m for p in self.policies for m in _members(p)))
 
     @property
-    def needs(self) -> Mapping[str, int]:
-        needs: dict[str, int] = {}
+    def needs(self) -> Mapping[str, Any]:
+        needs: dict[str, Any] = {}
         for policy in self.policies:
             for name, amount in policy.needs.items():
-                needs[name] = max(amount, needs.get(name, 0))
+                if name == "probe" and needs.get(name, amount) != amount:
+                    raise ValueError(f"{self} asks for two different probes; stack at most one policy that needs one")
+                needs[name] = amount if name == "probe" else max(amount, needs.get(name, 0))
         return needs
 
     @property
     def in_cache_positions(self) -> bool:
         return any(p.in_cache_positions for p in self.policies)
 
+    @property
+    def block(self) -> int | None:
+        return min((p.block for p in self.policies if p.block is not None), default=None)
+
     def check(self, head_dim: int) -> None:
         for policy in self.policies:
             policy.check(head_dim)
 
     def __call__(self, kv: KV, step: Step) -> KV:
-        steps = (replace(step, stack=self.policies, at=i) for i in range(len(self.policies)))
-        return reduce(lambda kv, pair: pair[0](kv, pair[1]), zip(self.policies, steps, strict=True), kv)
+        return reduce(lambda kv, i: self.policies[i](kv, self._at(step, i)), range(len(self.policies)), kv)
+
+    def over_layers(self, kvs: Sequence[KV], steps: Sequence[Step]) -> list[KV]:
+        held = list(kvs)
+        for i, policy in enumerate(self.policies):
+            held = policy.over_layers(held, [self._at(step, i) for step in steps])
+        return held
+
+    def _at(self, step: Step, i: int) -> Step:
+        return replace(step, stack=self.policies, at=i)
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.policies)) or "Full()"
 
 
 @dataclass(frozen=True)
-class Evictor(Policy):
-    """A scorer plus the one shared selection. Subclasses give `score` and, if they need to, `protected`.
+class Budgeted(Policy):
+    """What evictors and selectors share: how many slots their budget stands for.
 
-    budget: slots kept per head, sinks and recent window included: an int is tokens, a float in (0, 1] a share of the
+    budget: slots per head, sinks and recent window included: an int is tokens, a float in (0, 1] a share of the
     prompt. memory: instead of `budget`, a share in (0, 1] of the bytes of the 16-bit full cache; the number of tokens
-    follows from the exact bytes per slot of whatever quantizer follows in the stack. A share never keeps fewer slots
+    follows from the exact bytes per slot of whatever quantizer follows in the stack. A share never gives fewer slots
     than the policy protects.
     """
 
     budget: int | float | None = None
     memory: float | None = field(default=None, kw_only=True)
-
-    evicts_while_decoding: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -295,6 +432,95 @@ class Evictor(Policy):
         """Whether all heads of a layer keep the same slots, so that positions are stored once."""
         return False
 
+    @property
+    def slot_state_nbytes(self) -> int:
+        """Bytes of the columns, besides positions, that a slot of one head carries for this policy."""
+        return 4 if "attention" in self.needs else 0
+
+    def spread(self, slots: Tensor, prompt: Tensor, layers: int) -> Tensor:
+        """Slots per head of each layer if the mean over layers is to be `slots`.
+
+        slots [...] int64; prompt, which it broadcasts with: tokens there are to choose from -> [layers, ...]. Default:
+        the same in all layers.
+        """
+        return slots.expand(layers, *slots.shape)
+
+    def slots(self, kv: KV, step: Step) -> Tensor:
+        """The budget in force in this layer, slots per head: [B, 1] int64."""
+        if isinstance(self.budget, int):
+            mean = torch.full_like(step.prompt, self.budget)
+        elif self.budget is not None:
+            # In double: float32 is off by a token on some lengths (41 % of 100 tokens would keep 42).
+            mean = step.prompt - torch.floor(step.prompt.double() * (1 - self.budget) + 1e-6).to(torch.int64)
+            mean = mean.clamp(min=self.min_slots)
+        else:
+            per_row = {n: self._slots_for_bytes(n, kv, step) for n in set(step.prompt.tolist())}
+            mean = torch.tensor([per_row[n] for n in step.prompt.tolist()], device=step.prompt.device)
+        return self.spread(mean, step.prompt, step.layers)[step.order][:, None]
+
+    def head_nbytes(self, slots: Tensor, kv: KV, step: Step, *, evicted: Tensor | bool = True) -> Tensor:
+        """Exact bytes that `slots` (any int64 tensor) slots of one head take, with this policy's and the stack's state.
+
+        evicted: whether positions must be stored, as they are once anything has been evicted.
+        """
+        _, heads, _, head_dim = kv.keys.shape
+        itemsize = kv.keys.dtype.itemsize
+        if any(isinstance(p, Quantizer) for p in step.stack[: step.at]):
+            raise BudgetError(f"{self}: a byte budget needs the evictor before the quantizer in the stack")
+        quantizer = step.quantizer
+        held = slots * (2 * head_dim * itemsize)
+        if quantizer is not None:
+            held = quantizer.slot_nbytes(slots, 1, head_dim, itemsize)
+        stack = step.stack or (self,)
+        state = 4 * any("attention" in p.needs for p in stack)
+        state += sum(p.slot_state_nbytes - 4 * ("attention" in p.needs) for p in stack if isinstance(p, Budgeted))
+        # All heads' positions are one column when they keep the same slots; then a head pays its part of it.
+        position = slots * 4 * evicted
+        return held + slots * state + (-(-position // heads) if self.shared_over_heads else position)
+
+    def allowed_nbytes(self, prompt: int, kv: KV) -> int:
+        """Bytes per layer of one row that `memory` allows."""
+        _, heads, _, head_dim = kv.keys.shape
+        assert self.memory is not None
+        return int(self.memory * 2 * prompt * heads * head_dim * 2)
+
+    def _slots_for_bytes(self, prompt: int, kv: KV, step: Step) -> int:
+        """The most slots, as a mean over layers, whose exact bytes fit into `memory` of the full cache of a prompt."""
+        heads = kv.keys.shape[1]
+        slots = torch.arange(prompt + 1)
+        # Positions are stored as soon as something is evicted, which at the latest the first decoded token causes.
+        held = self.head_nbytes(slots, kv, step, evicted=(slots < prompt) | step.decoding) * heads
+        allowed = self.allowed_nbytes(prompt, kv)
+        spread = self.spread(slots, torch.full_like(slots, prompt), step.layers).clamp(max=prompt)
+        fitting = (held[spread].sum(0) <= allowed * step.layers).nonzero()
+        most = int(fitting.max()) if len(fitting) else 0
+        if most < self.min_slots:
+            raise BudgetError(
+                f"{self}: {self.memory:.4g} of the full cache of {prompt} tokens is {allowed} bytes per layer, "
+                f"room for {most} slots, but {max(self.min_slots, 1)} are needed; use a larger memory= or fewer bits"
+            )
+        return most
+
+
+@dataclass(frozen=True)
+class Evictor(Budgeted):
+    """A scorer plus the one shared selection. Subclasses give `score` and, if they need to, `protected`.
+
+    block: take prompts in blocks of so many tokens, each attended and then cut to the budget, so that no more than
+    budget + block slots are ever held. None: attend the whole prompt first.
+    """
+
+    block: int | None = field(default=None, kw_only=True)
+
+    evicts_while_decoding: ClassVar[bool] = True
+    ragged: ClassVar[bool] = False
+    """Whether heads may keep different numbers of slots, given by `head_slots`; the budget is then their mean."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block is not None and (isinstance(self.block, bool) or self.block < 1):
+            raise ValueError(f"{type(self).__name__}: block must be an int of at least 1 token, got {self.block!r}")
+
     @abstractmethod
     def score(self, kv: KV, step: Step) -> Tensor:
         """[B, H or 1, S] float32, higher = keep; values at dead columns do not matter."""
@@ -303,49 +529,105 @@ class Evictor(Policy):
         """[B, H or 1, S] bool: slots kept whatever their score; slots [B, 1] is the budget in force."""
         return None
 
+    def head_slots(self, score: Tensor, kv: KV, step: Step, slots: Tensor, protected: Tensor | None) -> Tensor:
+        """[B, 1 or H] int64: slots of each head, if the mean over heads is to be slots [B, 1]."""
+        return slots
+
+    def observe(self, kv: KV, step: Step) -> KV:
+        """Called after every forward, before anything is evicted: keeps the policy's own columns up to date."""
+        return kv
+
+    def acts(self, step: Step) -> bool:
+        """Whether this is a moment for evicting."""
+        return self.evicts_while_decoding or not step.decoding
+
     def __call__(self, kv: KV, step: Step) -> KV:
-        if step.decoding and not self.evicts_while_decoding:
+        kv = self.observe(kv, step)
+        if not self.acts(step):
             return kv
-        slots = self.slots(kv, step)
-        if bool((kv.counts.per_head <= slots).all()):
+        slots, held = self.slots(kv, step), kv.counts.per_head
+        if bool((held.sum(1, keepdim=True) <= slots * held.shape[1] if self.ragged else held <= slots).all()):
             return kv
-        return kv.gather(*select(self.score(kv, step), kv, slots, self.protected(kv, step, slots)))
+        score, protected = self.score(kv, step), self.protected(kv, step, slots)
+        kept = kv.gather(*select(score, kv, self.head_slots(score, kv, step, slots, protected), protected))
+        return kept.flattened() if self.ragged else kept
 
-    def slots(self, kv: KV, step: Step) -> Tensor:
-        """The budget in force, slots per head: [B, 1] int64."""
-        if isinstance(self.budget, int):
-            return torch.full_like(step.prompt, self.budget)[:, None]
-        if self.budget is not None:
-            # In double: float32 is off by a token on some lengths (41 % of 100 tokens would keep 42).
-            kept = step.prompt - torch.floor(step.prompt.double() * (1 - self.budget) + 1e-6).to(torch.int64)
-            return kept.clamp(min=self.min_slots)[:, None]
-        per_row = {n: self._slots_for_bytes(n, kv, step) for n in set(step.prompt.tolist())}
-        return torch.tensor([per_row[n] for n in step.prompt.tolist()], device=step.prompt.device)[:, None]
 
-    def _slots_for_bytes(self, prompt: int, kv: KV, step: Step) -> int:
-        """The most slots whose exact bytes fit into `memory` of the 16-bit full cache of `prompt` tokens."""
-        _, heads, _, head_dim = kv.keys.shape
-        if any(isinstance(p, Quantizer) for p in step.stack[: step.at]):
-            raise BudgetError(f"{self}: a byte budget needs the evictor before the quantizer in the stack")
-        quantizer = next((p for p in step.stack[step.at + 1 :] if isinstance(p, Quantizer)), None)
-        slots = torch.arange(prompt + 1)
-        itemsize = kv.keys.dtype.itemsize
-        held = slots * (2 * heads * head_dim * itemsize)
-        if quantizer is not None:
-            held = quantizer.slot_nbytes(slots, heads, head_dim, itemsize)
-        columns = 4 * heads * sum(name != "position" for name in kv.columns)
-        # Positions are stored as soon as something is evicted, which at the latest the first decoded token causes.
-        position = 4 * (1 if self.shared_over_heads else heads) * ((slots < prompt) | step.decoding)
-        assert self.memory is not None
-        allowed = int(self.memory * 2 * prompt * heads * head_dim * 2)
-        fitting = (held + slots * (columns + position) <= allowed).nonzero()
-        most = int(fitting.max()) if len(fitting) else 0
-        if most < self.min_slots:
-            raise BudgetError(
-                f"{self}: {self.memory:.4g} of the full cache of {prompt} tokens is {allowed} bytes per layer, "
-                f"room for {most} slots, but {max(self.min_slots, 1)} are needed; use a larger memory= or fewer bits"
-            )
-        return most
+@dataclass(frozen=True)
+class Wrapper(Evictor):
+    """An evictor that changes how another one, `base`, scores or spreads; its budget is that of `base`."""
+
+    budget: int | float | None = field(init=False, default=None, repr=False)
+    memory: float | None = field(init=False, default=None, repr=False)
+    block: int | None = field(init=False, default=None, repr=False)
+    base: Evictor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, Evictor):
+            raise TypeError(f"{type(self).__name__}: base must be an evictor such as SnapKV(0.25), got {self.base!r}")
+        for name in ("budget", "memory", "block", "evicts_while_decoding", "ragged"):
+            object.__setattr__(self, name, getattr(self.base, name))
+
+    @property
+    def needs(self) -> Mapping[str, Any]:
+        return self.base.needs
+
+    @property
+    def min_slots(self) -> int:
+        return self.base.min_slots
+
+    @property
+    def shared_over_heads(self) -> bool:
+        return self.base.shared_over_heads
+
+    @property
+    def slot_state_nbytes(self) -> int:
+        return self.base.slot_state_nbytes
+
+    def spread(self, slots: Tensor, prompt: Tensor, layers: int) -> Tensor:
+        return self.base.spread(slots, prompt, layers)
+
+    def score(self, kv: KV, step: Step) -> Tensor:
+        return self.base.score(kv, step)
+
+    def protected(self, kv: KV, step: Step, slots: Tensor) -> Tensor | None:
+        return self.base.protected(kv, step, slots)
+
+    def head_slots(self, score: Tensor, kv: KV, step: Step, slots: Tensor, protected: Tensor | None) -> Tensor:
+        return self.base.head_slots(score, kv, step, slots, protected)
+
+    def observe(self, kv: KV, step: Step) -> KV:
+        return self.base.observe(kv, step)
+
+    def acts(self, step: Step) -> bool:
+        return self.base.acts(step)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which slots a forward reads: `allowed` [B, H or Hq or 1, S] bool, and the `recent` newest up to each query."""
+
+    allowed: Tensor
+    recent: int = 0
+
+
+@dataclass(frozen=True)
+class Selector(Budgeted):
+    """Drops nothing; chooses at each forward which slots take part. Bytes held stay, bytes read per step fall.
+
+    budget: slots read per head and step; memory: instead, a share of the 16-bit full cache's bytes read per step.
+    """
+
+    def __call__(self, kv: KV, step: Step) -> KV:
+        """Called after every forward: keeps what `choose` reads (`KV.side`) up to date."""
+        return kv
+
+    @abstractmethod
+    def choose(self, kv: KV, queries: Tensor, position: Tensor, step: Step) -> Selection | None:
+        """Called before the attention of a forward with queries [B, Hq, T, D] at position [B, T] (-1: a pad).
+
+        `kv` already holds the forward's own tokens. None: read everything.
+        """
 
 
 def select(score: Tensor, kv: KV, slots: Tensor, protected: Tensor | None = None) -> tuple[Tensor, Counts]:
@@ -390,7 +672,7 @@ class Quantizer(Policy):
         key_codec, value_codec = self.codecs()
         keys = kv.keys.pack(key_codec, self.flush(kv.keys.tail_counts.per_head)[0])
         values = kv.values.pack(value_codec, self.flush(kv.values.tail_counts.per_head)[1])
-        return KV(keys, values, kv.columns)
+        return KV(keys, values, kv.columns, kv.side)
 
     def encode(self, keys: Tensor, values: Tensor) -> KV:
         """keys, values [B, H, T, D] -> packed; see `KV.decode`, `KV.nbytes`, `KV.gather`."""

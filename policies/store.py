@@ -182,6 +182,27 @@ class Codec(Protocol):
 
 
 @dataclass(frozen=True)
+class Plain:
+    """The codec that changes nothing: rows as they are, but flat, without memory for dead ones."""
+
+    group: int = 1
+
+    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {"plain": x}, {}
+
+    def decode(
+        self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        return rows["plain"].to(dtype)
+
+    def row_nbytes(self, head_dim: int) -> int:
+        raise NotImplementedError("bytes of plain rows depend on their dtype")  # nobody plans with this codec
+
+    def group_nbytes(self, head_dim: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
 class Packed:
     """Rows held in a codec's format, flat over all (batch, head) lists."""
 
@@ -353,11 +374,31 @@ class Held:
         moved = Counts.of(amount)
         if moved.total == 0:
             return self
+        if self.is_flat:
+            return self.rectangular().pack(codec, amount)
         packed = Packed.encode(codec, flatten(self.tail, moved), moved)
         left = Counts.of(self.tail_counts.per_head - amount)
         column = torch.arange(left.width, device=amount.device) + amount[..., None]
         tail = take_columns(self.tail, column.clamp(max=max(self.tail.shape[2] - 1, 0)))
         return Held(tail, left, packed if self.body is None else self.body.extend(packed))
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the body is full precision, only without dead rows."""
+        return self.body is not None and isinstance(self.body.codec, Plain)
+
+    def flattened(self) -> Held:
+        """The same slots, full-precision ones flat if a rectangle would waste more than a twentieth of its bytes."""
+        wasted = self.tail_counts.width * self.tail.shape[0] * self.tail.shape[1] - self.tail_counts.total
+        if 20 * wasted <= self.tail_counts.total or not (self.body is None or self.is_flat):
+            return self
+        x, counts = flatten(self.dense(), self.counts), self.counts
+        none = Counts(counts.shape, counts.device, 0)
+        return Held(self.tail[:, :, :0].clone(), none, Packed(Plain(), counts, {"plain": owned(x)}, {}, None, x.dtype))
+
+    def rectangular(self) -> Held:
+        """Undoes `flattened`."""
+        return Held(self.dense(), self.counts) if self.is_flat else self
 
     def select(self, batch: Tensor) -> Held:
         """Rows of the batch, in the given order, with repetition (beam search)."""

@@ -1,6 +1,6 @@
 """Rebuild the proving model from nothing: tokenizer, text, training, evaluation, `kvbench/assets/proving/`.
 
-    python scripts/train_proving.py               # well under an hour on two CPU cores with bf16 matrix units
+    python scripts/train_proving.py               # about an hour on two CPU cores
     python scripts/train_proving.py --resume      # continue from the last checkpoint in --work
 
 With glibc, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 in the environment keeps freed memory and saves a
@@ -39,6 +39,7 @@ VOCAB, HEAD_DIM, THETA = 1536, 64, 1e5
 STAGES = (128, 256, 512, 1024, 2048)
 TOKENS_PER_BATCH, BATCHES_PER_STEP = 4096, 2
 NUMBERS = tuple(f"{i:02d}" for i in range(100))
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FRAME = "note : code for .", "question : which code for ?", "answer : code for ."
 
 
@@ -265,9 +266,9 @@ def final_states(weights: dict[str, Tensor], ids: Tensor, cos: Tensor, sin: Tens
     return norm(x, "model.norm.weight")
 
 
-def rotation(length: int) -> tuple[Tensor, Tensor]:
+def rotation(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     angle = torch.arange(length)[:, None] * THETA ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-    return angle.cos().bfloat16(), angle.sin().bfloat16()
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def weighted_loss(
@@ -288,15 +289,15 @@ def scored(ids: Tensor, weight: Tensor, share: float) -> tuple[Tensor, Tensor, T
     return where, target[where], weight[where]
 
 
-def bf16(model: LlamaForCausalLM) -> dict[str, Tensor]:
-    return {name: p.bfloat16() for name, p in model.named_parameters()}
+def weights_in(model: LlamaForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: p.to(dtype) for name, p in model.named_parameters()}
 
 
 @torch.no_grad()
-def probe(model: LlamaForCausalLM, lessons: Lessons, length: int, seed: int, batches: int) -> float:
+def probe(model: LlamaForCausalLM, lessons: Lessons, length: int, seed: int, batches: int, dtype: torch.dtype) -> float:
     """Share of values whose three numbers are all predicted, on fresh sequences of this length."""
-    rng, weights, right = rng_for(seed, "probe", length), bf16(model), []
-    cos, sin = rotation(length)
+    rng, weights, right = rng_for(seed, "probe", length), weights_in(model, dtype), []
+    cos, sin = rotation(length, dtype)
     for _ in range(batches):
         ids, weight = lessons.batch(rng, length, TOKENS_PER_BATCH // length, {"questions": 1.0}, 0.0)
         x = final_states(weights, ids, cos, sin)[:, :-1][weight[:, 1:] == 1]
@@ -359,6 +360,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         state = loaded
     torch.manual_seed(args.seed + 1000 * rank + state["step"])
     loss_of = torch.compile(weighted_loss, dynamic=False) if args.compile else weighted_loss
+    dtype = DTYPES[args.dtype]
     begin, progress = time.time() - state["seconds"], state["step"] / args.steps
     bar = tqdm(total=args.steps, initial=state["step"], disable=rank > 0, mininterval=10)
     while progress < 1:
@@ -372,7 +374,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
             rng = rng_for(args.seed, "batch", step, part)
             ids, weight = lessons.batch(rng, row, TOKENS_PER_BATCH // row, mixture(row), args.text_weight)
             where, target, weight = scored(ids, weight, 0.5 if row <= 128 else 0.25)
-            loss = loss_of(bf16(model), ids, *rotation(row), where, target, weight)
+            loss = loss_of(weights_in(model, dtype), ids, *rotation(row, dtype), where, target, weight)
             (loss * args.workers / BATCHES_PER_STEP).backward()
             total += loss.item() * args.workers / BATCHES_PER_STEP
         seconds = time.time() - begin
@@ -385,7 +387,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         state.update(step=step + 1, seconds=seconds)
         bar.update()
         if (step + 1) % args.probe_every == 0 or progress >= 1:
-            recall = torch.tensor(probe(model, lessons, length, args.seed + step + rank, batches=4))
+            recall = torch.tensor(probe(model, lessons, length, args.seed + step + rank, batches=4, dtype=dtype))
             dist.all_reduce(recall)
             recall = recall.item() / args.workers
             state["log"].append([step + 1, length, round(total, 4), round(recall, 4), round(seconds)])
@@ -444,6 +446,8 @@ def main() -> None:
     parser.add_argument("--probe-every", type=int, default=50)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="processes that share every step")
+    fast = "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
+    parser.add_argument("--dtype", choices=DTYPES, default=fast, help="of the products; bfloat16 if the CPU has AMX")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --work")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--write-only", action="store_true", help="write the checkpoint in --work, without training")

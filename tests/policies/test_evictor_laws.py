@@ -130,7 +130,7 @@ def test_every_evictor_has_its_file():
 
 @every_policy
 def test_the_file_lists_every_option_with_its_default(name):
-    defaults = {f.name: f.default for f in fields(TARGETS[name]) if f.name not in ("budget", "memory")}
+    defaults = {f.name: f.default for f in fields(TARGETS[name]) if f.name not in ("budget", "memory", "block")}
     assert CONF[name] == {"_target_": f"kvbench.policies.{TARGETS[name].__name__}", **defaults}
 
 
