@@ -3,19 +3,30 @@
 How the two meet: attention modules call `cache.update(k, v, layer)` and hand what it returns to the registered
 attention function. `PolicyLayer.update` keeps the new tokens pending and returns them tagged with itself; `_attention`
 finds the layer by that tag, and the layer appends, attends, collects what the policy needs, and applies the policy.
+Policies that need more than their own layer (a draft of the answer, all layers at once) are applied after the forward,
+by hooks on the model, which also note the token ids.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -23,7 +34,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from kvbench.kernels.attention import attend, attend_causal, column_sums
 from kvbench.ledger import Part, full_nbytes, ledger, report
 from kvbench.policies.full import Full
-from kvbench.policies.interface import KV, Policy, Stack, Step
+from kvbench.policies.interface import KV, Moments, Policy, Probe, Repeat, Selection, Selector, Stack, Step
 from kvbench.policies.store import Counts, Held, take_columns
 
 NAME = "kvbench"
@@ -31,14 +42,15 @@ _TAG = "_kvbench_layer"
 
 
 class PolicyLayer(CacheLayerMixin):
-    """One layer of a `CompressedCache`."""
+    """One layer of a `CompressedCache`: layer `index` of the model, number `order` of those that policies compress."""
 
     is_sliding = False
     is_croppable = False  # what was evicted does not come back
 
-    def __init__(self, index: int, cache: CompressedCache):
+    def __init__(self, index: int, order: int, cache: CompressedCache):
         super().__init__()
         self.index = index
+        self.order = order
         self._cache = cache
         self.reset()
 
@@ -47,9 +59,12 @@ class PolicyLayer(CacheLayerMixin):
         self.kv: KV = None  # type: ignore[assignment]
         self.seen: Tensor = None  # type: ignore[assignment]  # [B] real tokens seen
         self.prompt: Tensor = None  # type: ignore[assignment]  # [B] of them by the end of the last multi-token forward
+        self.new: Tensor | None = None  # [B] of them since the policy last ran
         self.columns_seen = 0  # with pads, as transformers counts
-        self.queries: Tensor | None = None  # [B, Hq, w, D], only until the policy has run
+        self.queries: Tensor | None = None  # [B, Hq, w, D], as long as the policy needs them
         self.query_valid: Tensor | None = None
+        self.moments: tuple[Tensor, Tensor, Tensor] | None = None  # count, sum, sum of outer products of prompt queries
+        self.read: Tensor | None = None  # [B, 4] slots the last forward read, if not all; see `row_read_nbytes`
         self.geometry: dict[str, Any] = {}
         self._pending: tuple[Tensor, Tensor] | None = None
         self.is_initialized = False
@@ -75,38 +90,95 @@ class PolicyLayer(CacheLayerMixin):
     def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None, **geometry: Any) -> Tensor:
         """Appends the pending tokens, attends (query [B, Hq, T, D] -> same), collects signals, applies the policy."""
         assert self._pending is not None
-        keys_new, values_new = self._pending
+        keys, values = self._pending
         self._pending = self._cache.pending_layer = None
         self._cache.check_module(module)
-        batch, heads, tokens, _ = keys_new.shape
+        batch, _, tokens, _ = keys.shape
         valid = self._cache.real_tokens(self.index, mask, tokens)
         if self.kv is None:
-            self.kv = self._empty(keys_new, values_new)
+            self.kv = self._empty(keys, values)
             self.seen = torch.zeros(batch, dtype=torch.int64, device=query.device)
+        decoding = tokens == 1 and self.columns_seen > 0 and not self._cache.is_deferred
+        if not decoding:
+            self.prompt = self.seen + (tokens if valid is None else valid.sum(1))
+        self.geometry = geometry
+        # A block attends to what earlier blocks left over. Layers are causal, so cutting each layer's tokens into
+        # blocks gives what feeding the model block by block would.
+        size = self._cache.policy.block or tokens
+        out = [
+            self._attend(query[:, :, part], keys[:, :, part], values[:, :, part], _columns(valid, part), decoding)
+            for part in (slice(start, start + size) for start in range(0, tokens, size))
+        ]
+        if not decoding:
+            self.prompt = self.seen  # equal by now: one tensor to hold
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+    def _attend(
+        self, query: Tensor, keys_new: Tensor, values_new: Tensor, valid: Tensor | None, decoding: bool
+    ) -> Tensor:
+        batch, _, tokens, _ = keys_new.shape
         first = self.columns_seen == 0
         rank = torch.arange(tokens, device=query.device)
         rank = rank.expand(batch, -1) if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
-        query_position = self.seen[:, None] + rank
+        position = self.seen[:, None] + rank
         self.kv = self.kv.append(keys_new, values_new, valid, self.seen)
-        self.seen = self.seen + (tokens if valid is None else valid.sum(1))
+        came = torch.full_like(self.seen, tokens) if valid is None else valid.sum(1)
+        self.seen, self.new = self.seen + came, came if self.new is None else self.new + came
         self.columns_seen += tokens
-        decoding = tokens == 1 and not first and not self._cache.is_deferred
-        if not decoding:
-            self.prompt = self.seen
-        self.geometry = geometry
+        if "sentence" in self._cache.needs:
+            self.kv = self.kv.with_columns(sentence=self._cache.sentences(self.kv.position))
 
-        if first and geometry["softcap"] is None and geometry["sinks"] is None:
-            out = _attend_prompt(query, keys_new, values_new, valid, geometry["scaling"])
-            keys = self.kv.keys.dense() if self._cache.needs else None
+        selection = self._select(query, position, valid, decoding)
+        plain = first and self.geometry["softcap"] is None and self.geometry["sinks"] is None and selection is None
+        if plain:
+            out = _attend_prompt(query, keys_new, values_new, valid, self.geometry["scaling"])
+            keys = self.kv.keys.dense() if "attention" in self._cache.needs else keys_new
         else:
             keys, values = self.kv.decode()
             if self._cache.policy.in_cache_positions:
                 keys = self._cache.to_in_cache_positions(self.index, keys, self.kv, self.seen)
-            out = attend(query, keys, values, query_position, self.kv.position, **geometry)
-        self._collect(query, keys, query_position, valid)
-        if not self._cache.is_deferred:
-            self.compress(decoding)
+            out = attend(query, keys, values, position, self.kv.position, **self.geometry, **_narrowed(selection))
+        self._collect(query, keys, position, valid, selection, decoding)
+        if not self._cache.is_deferred and (decoding or not self._cache.waits):
+            self.apply(self._cache.policy(self.kv, self.step(decoding)))
         return out
+
+    def _select(self, query: Tensor, position: Tensor, valid: Tensor | None, decoding: bool) -> Selection | None:
+        """What a selector of the stack lets this forward read; keeps note of it."""
+        self.read = None
+        selectors = [(i, p) for i, p in enumerate(self._cache.policy.policies) if isinstance(p, Selector)]
+        if not selectors:
+            return None
+        at, selector = selectors[0]
+        step = replace(self.step(decoding), stack=self._cache.policy.policies, at=at)
+        asked = position if valid is None else position.masked_fill(~valid, -1)
+        selection = selector.choose(self.kv, query, asked, step)
+        if selection is not None:
+            heads = self.kv.keys.shape[1]
+            allowed = selection.allowed
+            if allowed.shape[1] == query.shape[1] != heads:  # heads of a group share what they read
+                allowed = allowed.unflatten(1, (heads, -1)).any(2)
+            near = self.kv.from_newest <= selection.recent
+            read = ((allowed | near) & (self.kv.position >= 0)).expand(-1, heads, -1)
+            slot, parts = torch.arange(read.shape[-1], device=read.device), []
+            for held in (self.kv.keys, self.kv.values):
+                in_body = slot < held.counts.per_head[..., None] - held.tail_counts.per_head[..., None]
+                parts += [(read & in_body).sum((1, 2)), (read & ~in_body).sum((1, 2))]
+            self.read = torch.stack(parts, 1)
+        return selection
+
+    def row_read_nbytes(self) -> Tensor:
+        """[B] int64: bytes of keys, values and selection metadata that the last forward read of each row."""
+        if self.read is None:
+            return self.kv.keys.row_nbytes() + self.kv.values.row_nbytes()
+        total = sum(x[0].numel() * x.element_size() for x in self.kv.side.values()) + torch.zeros_like(self.seen)
+        for i, held in enumerate((self.kv.keys, self.kv.values)):
+            in_body, in_tail = self.read[:, 2 * i], self.read[:, 2 * i + 1]
+            total += in_tail * (held.tail.shape[-1] * held.tail.element_size())
+            if held.body is not None:
+                slots = held.body.counts.per_head.sum(1).clamp(min=1)
+                total += in_body * held.body.row_nbytes() // slots
+        return total
 
     def _empty(self, keys: Tensor, values: Tensor) -> KV:
         empty, none = Counts((keys.shape[0], keys.shape[1]), keys.device, 0), slice(0)
@@ -115,46 +187,89 @@ class PolicyLayer(CacheLayerMixin):
             columns["attention"] = torch.zeros(keys.shape[0], keys.shape[1], 0, device=keys.device)
         return KV(Held(keys[:, :, none].clone(), empty), Held(values[:, :, none].clone(), empty), columns)
 
-    def _collect(self, query: Tensor, keys: Tensor | None, query_position: Tensor, valid: Tensor | None) -> None:
+    def _collect(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        position: Tensor,
+        valid: Tensor | None,
+        selection: Selection | None,
+        decoding: bool,
+    ) -> None:
         needs = self._cache.needs
         if "attention" in needs:
-            assert keys is not None
-            new = column_sums(query, keys, query_position, self.kv.position, query_valid=valid, **self.geometry)
-            columns = {**self.kv.columns, "attention": self.kv.columns["attention"] + new}
-            self.kv = KV(self.kv.keys, self.kv.values, columns)
-        if "queries" in needs:
+            new = column_sums(
+                query, keys, position, self.kv.position, query_valid=valid, **self.geometry, **_narrowed(selection)
+            )
+            self.kv = self.kv.with_columns(attention=self.kv.columns["attention"] + new)
+        if "moments" in needs and not decoding:
+            self._add_moments(query, position, valid)
+        if width := self._cache.query_width:
             if valid is None:
-                valid = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
-            if (
-                self.queries is not None and self.query_valid is not None
-            ):  # an earlier chunk of the same, deferred prompt
+                query = query[:, :, -width:]
+            valid_now = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool) if valid is None else valid
+            if self.queries is not None and self.query_valid is not None:
+                # An earlier part of the same prompt, or the window that is kept from step to step.
                 query = torch.cat([self.queries, query], dim=2)
-                valid = torch.cat([self.query_valid, valid], dim=1)
-            last = valid.int().argsort(dim=1, stable=True)[:, -needs["queries"] :]  # pads first, wherever they stood
+                valid_now = torch.cat([self.query_valid, valid_now], dim=1)
+            last = valid_now.int().argsort(dim=1, stable=True)[:, -width:]  # pads first, wherever they stood
             self.queries = take_columns(query, last[:, None].expand(-1, query.shape[1], -1))
-            self.query_valid = valid.gather(1, last)
+            self.query_valid = valid_now.gather(1, last)
 
-    def compress(self, decoding: bool = False) -> None:
-        """Applies the policy to what is held."""
-        step = Step(
+    def _add_moments(self, query: Tensor, position: Tensor, valid: Tensor | None) -> None:
+        """Sums over the prompt's queries, turned back to before RoPE."""
+        real = position >= self._cache.needs["moments"]
+        real = (real if valid is None else real & valid)[:, None, :, None]
+        turned = rotate(query.float(), -position[:, None], self._cache.frequency(self.index)) * real
+        parts = real.sum(2)[:, 0, 0].float(), turned.sum(2), turned.transpose(-1, -2) @ turned
+        self.moments = parts if self.moments is None else tuple(a + b for a, b in zip(self.moments, parts, strict=True))
+
+    def step(self, decoding: bool, probe: Probe | None = None) -> Step:
+        """What a policy is told about this layer."""
+        moments = None
+        if self.moments is not None:
+            count, total, outer = self.moments
+            count = count.clamp(min=1)[:, None, None]
+            mean = total / count
+            moments = Moments(mean, outer / count[..., None] - mean[..., :, None] * mean[..., None, :])
+        return Step(
             layer=self.index, prompt=self.prompt, seen=self.seen, decoding=decoding,
-            queries=self.queries, query_valid=self.query_valid, **self.geometry,
+            new=torch.zeros_like(self.seen) if self.new is None else self.new,
+            order=self.order, layers=len(self._cache.policy_layers()),
+            queries=self.queries, query_valid=self.query_valid, moments=moments,
+            inverse_frequency=None if moments is None else self._cache.frequency(self.index), probe=probe,
+            **self.geometry,
         )  # fmt: skip
-        self.kv = self._cache.policy(self.kv, step)
-        if not self._cache.records:
+
+    def apply(self, kv: KV) -> None:
+        """Takes over what the policy made of this layer, and forgets the signals that are not needed any more."""
+        self.kv = kv
+        self.new = None
+        if self._cache.records:
+            return
+        self.moments = None
+        window = self._cache.needs.get("window", 0)
+        if not window:
             self.queries = self.query_valid = None
+        elif self.queries is not None and self.query_valid is not None and self.queries.shape[2] > window:
+            self.queries, self.query_valid = self.queries[:, :, -window:].clone(), self.query_valid[:, -window:].clone()
 
     def fork(self, cache: CompressedCache) -> PolicyLayer:
         """A layer of `cache` with the same tokens, sharing their memory until one of the two changes them."""
-        other = PolicyLayer(self.index, cache)
+        other = PolicyLayer(self.index, self.order, cache)
         vars(other).update({k: v for k, v in vars(self).items() if k != "_cache"})
-        columns = {k: v for k, v in self.kv.columns.items() if k == "position" or k in cache.needs}
+        asked = cache.policy.needs
+        columns = {k: v for k, v in self.kv.columns.items() if k == "position" or k in asked}
         other.kv = KV(self.kv.keys.sealed(), self.kv.values.sealed(), columns)
-        if "queries" not in cache.needs:
+        if "sentence" in asked:
+            other.kv = other.kv.with_columns(sentence=cache.sentences(other.kv.position))
+        width = max(asked.get("queries", 0), asked.get("window", 0))
+        if not width:
             other.queries = other.query_valid = None
         elif self.queries is not None and self.query_valid is not None:
-            other.queries = self.queries[:, :, -cache.needs["queries"] :]
-            other.query_valid = self.query_valid[:, -cache.needs["queries"] :]
+            other.queries, other.query_valid = self.queries[:, :, -width:], self.query_valid[:, -width:]
+        if "moments" not in asked:
+            other.moments = None
         return other
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -165,9 +280,10 @@ class PolicyLayer(CacheLayerMixin):
                 parts = (held, held.body) if held.body is not None else (held,)
                 counts = (held.tail_counts, *(part.counts for part in parts))
                 yield from (("lengths", c.ragged) for c in counts if c.ragged is not None)
-        for name in ("seen", "prompt", "queries", "query_valid"):
+        for name in ("seen", "prompt", "new", "queries", "query_valid", "read"):
             if (tensor := getattr(self, name)) is not None:
                 yield name, tensor
+        yield from (("moments", tensor) for tensor in self.moments or ())
 
     # -- what transformers calls ---------------------------------------------------------------------------------
 
@@ -216,6 +332,9 @@ class PolicyLayer(CacheLayerMixin):
         rows = rows.to(self.seen.device)
         self.kv = self.kv.select(rows)
         self.seen, self.prompt = self.seen[rows], self.prompt[rows]
+        self.new = None if self.new is None else self.new[rows]
+        if self.queries is not None and self.query_valid is not None:
+            self.queries, self.query_valid = self.queries[rows], self.query_valid[rows]
 
 
 class CompressedCache(Cache):
@@ -228,31 +347,63 @@ class CompressedCache(Cache):
     The model's attention implementation is set to "kvbench", which behaves as "sdpa" for every other cache.
     Sliding-window layers are left alone. Raises ValueError for models that cannot be hooked, saying why.
 
-    needs: signals to collect besides what the policy itself needs, for a later `fork`.
+    tokenizer: only for policies that read text (`Repeat` with an instruction, sentences).
+    needs: signals to collect besides what the policy itself needs, for a later `fork`; see `signals`.
     """
 
     layers: list[Any]  # PolicyLayer, or what transformers holds a sliding-window layer in
 
-    def __init__(self, model: PreTrainedModel, policy: Policy | None = None, *, needs: Mapping[str, int] | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Policy | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        needs: Mapping[str, int] | None = None,
+    ):
         policy = Full() if policy is None else policy
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a kvbench policy such as H2O(budget=0.25) | KIVI(bits=2), got {policy!r}")
         plan = _layer_plan(model)
         self.policy = Stack((policy,))
         self.policy.check(_head_dim(model))
-        self.needs = {**self.policy.needs, **{k: max(v, self.policy.needs.get(k, 0)) for k, v in (needs or {}).items()}}
+        self.needs = dict(self.policy.needs)
+        for name, amount in (needs or {}).items():
+            self.needs[name] = max(amount, self.needs.get(name, 0))
+        self.query_width = max(self.needs.get("queries", 0), self.needs.get("window", 0))
         self.records = bool(needs)
+        self.waits = "probe" in self.policy.needs or "all_layers" in self.policy.needs
+        if self.waits and self.policy.block is not None:
+            raise ValueError(f"{self.policy}: block= cannot be had with a policy that needs the whole prompt first")
+        if "sentence" in self.policy.needs and tokenizer is None:
+            raise ValueError(f"{self.policy} needs to know where sentences end: give CompressedCache a tokenizer=")
         self.model = model
+        self.tokenizer = tokenizer
         self.is_deferred = False
         self.pending_layer: PolicyLayer | None = None
         self._mask: tuple[Tensor | None, Tensor | None] = (None, None)
         self._rotary: dict[str, Tensor] = {}
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
-        if self.policy.in_cache_positions:
+        if self.policy.in_cache_positions or "moments" in self.needs:
             self._rotary = _rotary_frequencies(model, {t for t, layer in plan if not layer.is_sliding})
         self._layer_types = [t for t, _ in plan]
-        super().__init__(layers=[x if x.is_sliding else PolicyLayer(i, self) for i, (_, x) in enumerate(plan)])
+        compressed = [i for i, (_, layer) in enumerate(plan) if not layer.is_sliding]
+        orders = {index: order for order, index in enumerate(compressed)}
+        super().__init__(
+            layers=[x if x.is_sliding else PolicyLayer(i, orders[i], self) for i, (_, x) in enumerate(plan)]
+        )
+        self._forget()
+        self.notes = self.waits or bool({"tokens", "sentence"} & set(self.needs))
+        if self.notes:
+            _watch(model, self)
+
+    def _forget(self) -> None:
+        self.token_ids: list[Tensor] | None = None  # per row, the real tokens seen
+        self.mask: Tensor | None = None  # [B, columns] int64, 1 = real: what was fed, pads included
+        self.next_token: Tensor | None = None  # [B] what comes after the prompt: greedy, unless the caller knows better
+        self._sentence_of = torch.zeros(0, 0, dtype=torch.int32)  # [B, tokens seen]
+        self._unfinished = False
 
     # -- measuring -----------------------------------------------------------------------------------------------
 
@@ -269,6 +420,10 @@ class CompressedCache(Cache):
     def row_nbytes(self) -> Tensor:
         """[B] int64: bytes each batch row would hold alone in the full-attention layers, without spare capacity."""
         return torch.stack([layer.kv.row_nbytes().cpu() for layer in self.policy_layers()]).sum(0)
+
+    def row_read_nbytes(self) -> Tensor:
+        """[B] int64: bytes of keys, values and selection metadata that the last forward read of each row."""
+        return torch.stack([layer.row_read_nbytes().cpu() for layer in self.policy_layers()]).sum(0)
 
     def ledger(self) -> list[Part]:
         """Every tensor kept alive, by layer and name."""
@@ -305,23 +460,41 @@ class CompressedCache(Cache):
 
     def compress(self) -> None:
         """Applies the policy to every layer now."""
-        for layer in self.policy_layers():
-            if layer.kv is not None:
-                layer.compress()
+        layers = self.policy_layers()
+        if any(layer.kv is None for layer in layers):
+            return
+        spec = self.policy.needs.get("probe")
+        probes: Sequence[Probe | None] = [None] * len(layers)
+        if isinstance(spec, Repeat):
+            from kvbench.probes import run_repeat
 
-    def fork(self, policy: Policy) -> CompressedCache:
+            for layer, column in zip(layers, run_repeat(self, spec, self.tokenizer), strict=True):
+                layer.kv = layer.kv.with_columns(repeat=column)
+        elif spec is not None:
+            from kvbench.probes import run_probe
+
+            probes = run_probe(self, spec, self.tokenizer)
+        steps = [layer.step(False, probe) for layer, probe in zip(layers, probes, strict=True)]
+        for layer, kv in zip(layers, self.policy.over_layers([x.kv for x in layers], steps), strict=True):
+            layer.apply(kv)
+
+    def fork(self, policy: Policy, *, needs: Mapping[str, int] | None = None) -> CompressedCache:
         """A new cache with the same tokens, compressed by `policy`; this one stays as it is.
 
-        `needs` of the new policy must have been collected (see `needs` of the constructor).
+        What the new policy needs must have been collected (`needs` of the constructor); the fork goes on collecting
+        its own `needs` from here.
         """
         if any(layer.kv is None for layer in self.policy_layers()):
             raise ValueError("the cache is empty: run a forward or generate first")
-        other = CompressedCache(self.model, policy)
-        missing = [k for k, v in other.needs.items() if self.needs.get(k, 0) < v]
+        other = CompressedCache(self.model, policy, tokenizer=self.tokenizer, needs=needs)
+        missing = [k for k, v in signals([policy]).items() if self.needs.get(k, 0) < v]
         if missing:
             raise ValueError(
                 f"cannot fork to {policy}: this cache did not collect {missing}; pass needs= when it is made"
             )
+        other.token_ids, other.mask, other.next_token = self.token_ids, self.mask, self.next_token
+        if "sentence" in other.needs:
+            other._number_sentences()
         for i, layer in enumerate(self.layers):
             if isinstance(layer, PolicyLayer):
                 other.layers[i] = layer.fork(other)
@@ -330,13 +503,105 @@ class CompressedCache(Cache):
         other.compress()
         return other
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What is kept alive besides the layers: what was fed, for policies that read tokens."""
+        yield from (("token_ids", ids) for ids in self.token_ids or ())
+        for name in ("mask", "next_token", "_sentence_of"):
+            if (tensor := getattr(self, name)) is not None:
+                yield name.strip("_"), tensor
+
     def policy_layers(self) -> list[PolicyLayer]:
         return [layer for layer in self.layers if isinstance(layer, PolicyLayer)]
 
+    # -- what transformers calls for all layers ------------------------------------------------------------------
+
+    def reset(self) -> None:
+        super().reset()
+        self._forget()
+
+    def crop(self, max_length: int) -> None:
+        super().crop(max_length)
+        if self.token_ids is not None and self.mask is not None:
+            seen = self.policy_layers()[0]
+            self.token_ids = [ids[:n] for ids, n in zip(self.token_ids, seen.seen.tolist(), strict=True)]
+            self.mask = self.mask[:, : seen.columns_seen]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._take_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.mask is not None:
+            self._take_rows(torch.arange(len(self.mask)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._take_rows(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+
+    def _take_rows(self, rows: Tensor) -> None:
+        if self.token_ids is None or self.mask is None:
+            return
+        self.token_ids = [self.token_ids[i] for i in rows.tolist()]
+        self.mask = self.mask[rows.to(self.mask.device)]
+        self._sentence_of = self._sentence_of[rows.to(self._sentence_of.device)]
+
+    # -- what the hooks on the model call ------------------------------------------------------------------------
+
+    def before_forward(self, ids: Tensor | None, attention_mask: Tensor | None) -> None:
+        """Notes the ids [B, T] that are about to be fed; attention_mask [B, columns]."""
+        if ids is None:
+            raise ValueError(f"{self.policy} needs to see token ids: call the model with input_ids, not inputs_embeds")
+        batch, tokens = ids.shape
+        if self.token_ids is None or self.mask is None:
+            self.token_ids = [ids.new_empty(0)] * batch
+            self.mask = ids.new_empty((batch, 0))
+        new = torch.ones_like(ids)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            new = attention_mask[:, self.mask.shape[1] : self.mask.shape[1] + tokens].to(ids.dtype)
+        self.mask = torch.cat([self.mask, new], dim=1)
+        self.token_ids = [
+            torch.cat([old, row[real.bool()]]) for old, row, real in zip(self.token_ids, ids, new, strict=True)
+        ]
+        if "sentence" in self.policy.needs:
+            self._number_sentences()
+        self._unfinished = True
+
+    def after_forward(self, logits: Tensor) -> None:
+        """Applies a policy that waits for the whole model; logits [B, T or fewer, V]."""
+        self._unfinished = False
+        if self.mask is not None and logits.shape[0] == len(self.mask):
+            self.next_token = logits[:, -1].argmax(-1)
+        layer = self.policy_layers()[0]
+        prompted = bool((layer.prompt == layer.seen).all())  # else: one token was decoded, and compressed on the way
+        if self.waits and prompted and not self.is_deferred:
+            self.compress()
+
+    def _number_sentences(self) -> None:
+        assert self.token_ids is not None and self.tokenizer is not None
+        ends = _sentence_ends(self.tokenizer).to(self.model.device)
+        longest = max(map(len, self.token_ids))
+        numbers = torch.zeros(len(self.token_ids), longest, dtype=torch.int32, device=self.model.device)
+        for row, ids in enumerate(self.token_ids):
+            ended = ends[ids].int()
+            numbers[row, : len(ids)] = ended.cumsum(0) - ended  # a stop still belongs to the sentence it ends
+        self._sentence_of = numbers
+
+    def sentences(self, position: Tensor) -> Tensor:
+        """position [B, H or 1, S] -> the number of the sentence each token stands in, [B, H or 1, S] int32."""
+        table = self._sentence_of[:, None].expand(-1, position.shape[1], -1)
+        return table.gather(2, position.long().clamp(min=0))
+
     # -- what the layers ask -------------------------------------------------------------------------------------
 
+    def frequency(self, layer: int) -> Tensor:
+        """Inverse RoPE frequencies [R/2] of a layer."""
+        return self._rotary[self._layer_types[layer]]
+
     def check_consumed(self) -> None:
-        """The tokens of the previous layer must have gone through our attention function."""
+        """The tokens of the previous layer must have gone through our attention function, and our hooks have run."""
+        if self.notes and not self._unfinished:
+            raise ValueError(f"{self.policy} needs the model itself to be called, not a part of it such as model.model")
         if self.pending_layer is not None:
             self.pending_layer = None
             raise ValueError(
@@ -376,6 +641,15 @@ class CompressedCache(Cache):
         if not bool(shift.any()):
             return keys
         return rotate(keys, shift, self._rotary[self._layer_types[layer]])
+
+
+def _columns(valid: Tensor | None, part: slice) -> Tensor | None:
+    return None if valid is None else valid[:, part]
+
+
+def _narrowed(selection: Selection | None) -> dict[str, Any]:
+    """The arguments by which the attention kernels narrow what is visible."""
+    return {} if selection is None else {"allowed": selection.allowed, "recent": selection.recent}
 
 
 def rotate(x: Tensor, shift: Tensor, inverse_frequency: Tensor) -> Tensor:
@@ -480,6 +754,53 @@ def _mask(
     if new.shape[1] < kv_length:  # transformers treats what the mask does not cover as pads
         new = torch.nn.functional.pad(new, (0, kv_length - new.shape[1]))
     return None if bool(new.all()) else new[:, None, None].bool()
+
+
+def signals(policies: Sequence[Policy]) -> dict[str, int]:
+    """What an exact prefill must collect, so that it can be forked to each of these policies."""
+    collected: dict[str, int] = {}
+    for policy in policies:
+        for name, amount in policy.needs.items():
+            if name in ("probe", "sentence"):  # made by the fork itself, from the token ids
+                name, amount = "tokens", 1
+            elif name == "window":
+                name = "queries"
+            elif name == "all_layers":
+                continue
+            collected[name] = max(amount, collected.get(name, 0))
+    return collected
+
+
+def _watch(model: PreTrainedModel, cache: CompressedCache) -> None:
+    """Tells `cache` of the forwards that feed it, as long as it lives."""
+    watched = weakref.ref(cache)
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        fed = watched()
+        if fed is not None and _is_fed(fed, kwargs):
+            fed.before_forward(args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask"))
+
+    def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        fed = watched()
+        if fed is not None and _is_fed(fed, kwargs):
+            fed.after_forward(output.logits)
+
+    for handle in (
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True),
+    ):
+        weakref.finalize(cache, handle.remove)
+
+
+def _is_fed(cache: CompressedCache, kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("past_key_values") is cache
+
+
+@lru_cache(maxsize=4)
+def _sentence_ends(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """[vocabulary] bool: tokens that end a sentence."""
+    texts = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return torch.tensor([any(mark in (text or "") for mark in ".!?\n\u010a\u3002\uff01\uff1f") for text in texts])
 
 
 AttentionInterface.register(NAME, _attention)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of one layer. nbytes: its storage, spare capacity included."""
+    """One tensor of one layer (0: of the whole cache, too). nbytes: its storage, spare capacity included."""
 
     layer: int
     name: str
@@ -24,12 +24,12 @@ class Part:
 def ledger(cache: CompressedCache) -> list[Part]:
     """One part per live storage; a storage shared by two names or layers is counted once, where it is met first."""
     parts, met = [], set()
-    for i, layer in enumerate(cache.layers):
-        for name, tensor in _tensors(layer):
-            storage = tensor.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in met:
-                met.add(storage.data_ptr())
-                parts.append(Part(i, name, storage.nbytes()))
+    held = [(i, name, tensor) for i, layer in enumerate(cache.layers) for name, tensor in _tensors(layer)]
+    for i, name, tensor in [*held, *((0, name, tensor) for name, tensor in cache.tensors())]:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in met:
+            met.add(storage.data_ptr())
+            parts.append(Part(i, name, storage.nbytes()))
     return parts
 
 

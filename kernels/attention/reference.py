@@ -7,6 +7,8 @@ A slot is visible to a query when it is live (position >= 0) and not younger tha
     p[i, s]       = exp(logit[i, s] - LSE_i)                         LSE_i includes the learned sink logit, if any
     out_i         = sum_s p[i, s] v_s                                column_sum_s = sum_i p[i, s]
 
+A selection narrows what is visible further: to slots that are `allowed`, or among the `recent` newest up to the query.
+
 Everything works on blocks of queries, so no matrix of queries x slots is ever held whole.
 
 Letters: B batch, H key-value heads, Hq = H * G query heads, T queries, S slots, D head dim.
@@ -34,20 +36,21 @@ def attend(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    allowed: Tensor | None = None,
+    recent: int = 0,
 ) -> Tensor:
     """Attention output [B, Hq, T, D] in the query's dtype.
 
     query [B, Hq, T, D]; keys, values [B, H, S, D]; query_position [B, T]; key_position [B, H or 1, S], -1 = dead;
-    sinks [Hq] learned sink logits. A query that sees no slot gets zeros.
+    sinks [Hq] learned sink logits; allowed [B, H or Hq or 1, S] bool. A query that sees no slot gets zeros.
     """
     out = torch.empty_like(query)
     for block in _blocks(query, keys):
+        visible = _visible(query[:, :, block], keys, query_position[:, block], key_position, allowed, recent)
         if softcap is None and sinks is None:
-            out[:, :, block] = _sdpa(query[:, :, block], keys, values, query_position[:, block], key_position, scaling)
+            out[:, :, block] = _sdpa(query[:, :, block], keys, values, visible, scaling)
         else:
-            weights = _weights(
-                query[:, :, block], keys, query_position[:, block], key_position, scaling, softcap, sinks
-            )
+            weights = _weights(query[:, :, block], keys, visible, scaling, softcap, sinks)
             mixed = weights.to(values.dtype) @ values  # [B, H, G*T, D]
             out[:, :, block] = mixed.view_as(out[:, :, block])
     return out
@@ -70,7 +73,8 @@ def probabilities(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """The attention rows themselves, [B, Hq, T, S] float32: for a handful of queries (an observation window)."""
-    weights = _weights(query, keys, query_position, key_position, scaling, softcap, sinks)
+    visible = _visible(query, keys, query_position, key_position)
+    weights = _weights(query, keys, visible, scaling, softcap, sinks)
     return weights.view(*query.shape[:3], keys.shape[2])
 
 
@@ -84,10 +88,12 @@ def column_sums(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     query_valid: Tensor | None = None,
+    allowed: Tensor | None = None,
+    recent: int = 0,
 ) -> Tensor:
     """Attention each slot receives, summed over queries and over the query heads of its group: [B, H, S] float32.
 
-    query_valid [B, T] bool leaves out pads. Memory is O(S * block), never O(T * S).
+    query_valid [B, T] bool leaves out pads; allowed, recent: as in `attend`. Memory is O(S * block), never O(T * S).
     """
     batch, heads, slots, _ = keys.shape
     total = torch.zeros((batch, heads, slots), dtype=torch.float32, device=keys.device)
@@ -95,9 +101,9 @@ def column_sums(
         part, newest = query[:, :, block], query_position[:, block].amax()
         # Slots are in order: those after the last one that any query of the block sees get nothing.
         reach = int((key_position <= newest).sum(-1).amax())
-        weights = _weights(
-            part, keys[:, :, :reach], query_position[:, block], key_position[..., :reach], scaling, softcap, sinks
-        )
+        near, open_to = keys[:, :, :reach], None if allowed is None else allowed[..., :reach]
+        visible = _visible(part, near, query_position[:, block], key_position[..., :reach], open_to, recent)
+        weights = _weights(part, near, visible, scaling, softcap, sinks)
         if query_valid is not None:
             weights = weights.view(*part.shape[:3], reach) * query_valid[:, None, block, None]
             weights = weights.view(batch, heads, -1, reach)
@@ -119,21 +125,34 @@ def _group(query: Tensor, heads: int) -> Tensor:
     return query.reshape(batch, heads, query_heads // heads * tokens, dim)
 
 
-def _visible(query_position: Tensor, key_position: Tensor, repeats: int) -> Tensor:
-    """[B, H or 1, repeats*T, S] bool."""
-    allowed = (key_position[:, :, None] >= 0) & (key_position[:, :, None] <= query_position[:, None, :, None])
-    return allowed.repeat(1, 1, repeats, 1) if repeats > 1 else allowed
-
-
-def _sdpa(
-    query: Tensor, keys: Tensor, values: Tensor, query_position: Tensor, key_position: Tensor, scaling: float
+def _visible(
+    query: Tensor,
+    keys: Tensor,
+    query_position: Tensor,
+    key_position: Tensor,
+    allowed: Tensor | None = None,
+    recent: int = 0,
 ) -> Tensor:
+    """[B, H or 1, G*T, S] bool."""
+    heads, query_heads = keys.shape[1], query.shape[1]
+    repeats = query_heads // heads
+    at, slot = query_position[:, None, :, None], key_position[:, :, None]
+    visible = (slot >= 0) & (slot <= at)  # [B, H or 1, T, S]
+    if allowed is None:
+        return visible.repeat(1, 1, repeats, 1) if repeats > 1 else visible
+    near = slot > at - recent
+    if allowed.shape[1] == query_heads != heads:
+        by_group = allowed.unflatten(1, (heads, repeats))[:, :, :, None]  # [B, H, G, 1, S]
+        return (visible[:, :, None] & (by_group | near[:, :, None])).flatten(2, 3)
+    return (visible & (allowed[:, :, None] | near)).repeat(1, 1, repeats, 1)
+
+
+def _sdpa(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float) -> Tensor:
     heads = keys.shape[1]
     grouped = _group(query, heads)
-    mask = _visible(query_position, key_position, query.shape[1] // heads)
-    blind = ~mask.any(-1, keepdim=True)
+    blind = ~visible.any(-1, keepdim=True)
     # A row without any visible slot would be 0/0: let it see everything, then zero it.
-    mask = (mask | blind).expand(-1, heads, -1, -1)
+    mask = (visible | blind).expand(-1, heads, -1, -1)
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
     return out.masked_fill(blind, 0).view_as(query)
 
@@ -141,8 +160,7 @@ def _sdpa(
 def _weights(
     query: Tensor,
     keys: Tensor,
-    query_position: Tensor,
-    key_position: Tensor,
+    visible: Tensor,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -153,7 +171,7 @@ def _weights(
     logits = _group(query, heads).float() @ keys.float().transpose(-1, -2) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~_visible(query_position, key_position, repeats), -torch.inf)
+    logits = logits.masked_fill(~visible, -torch.inf)
     lse = logits.logsumexp(-1, keepdim=True)
     if sinks is not None:
         sink = sinks.float().view(1, heads, repeats, 1).expand(-1, -1, -1, tokens).reshape(1, heads, -1, 1)
