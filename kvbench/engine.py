@@ -1,9 +1,10 @@
 """Prefill once, compress many: run every stack of a sweep on the same prompts.
 
 Keys, values and signals of an exact prefill do not depend on the policy that compresses afterwards. So each batch of
-samples is prefilled once, and each stack is replayed from that record (`CompressedCache.fork`). What is fed after the
-compression, the *held-back* part, is the query and the answer prefix (query-agnostic), or only the last prompt token
-(query-aware): the first answer token always feels the policy.
+samples is prefilled once, and each stack is replayed from that record (`CompressedCache.fork`); only stacks that change
+the prefill itself (`block=`) run their own. What is fed after the compression, the *held-back* part, is the query and
+the answer prefix (query-agnostic), or only the last prompt token (query-aware): the first answer token always feels the
+policy.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvbench.cache import CompressedCache
+from kvbench.cache import CompressedCache, signals
 from kvbench.policies.full import Full
-from kvbench.policies.interface import BudgetError, Evictor, Policy, Stack, Step
+from kvbench.policies.interface import BudgetError, Evictor, Policy, Selector, Stack
 from kvbench.tasks.sample import Sample
 
 
@@ -124,7 +125,7 @@ def run_stacks(
     for run, parts in zip(runs, finished or [[]] * len(stacks), strict=True):
         for part in parts:
             run.add(part)
-    needs = Stack(tuple(folded)).needs
+    needs = signals(folded)
     for batch in _batches(prompts, batch_size):
         names = {p.sample.sample_id for p in batch}
         open_runs = [i for i, run in enumerate(runs) if not names <= {row["sample_id"] for row in run.rows}]
@@ -133,11 +134,14 @@ def run_stacks(
             on_progress(len(open_runs))
             continue
         started = time.perf_counter()
-        record, mask = _prefill(model, [p.prefix for p in batch], needs, prefill_chunk)
+        ids, mask = _left_pad([p.prefix for p in batch], model.device)
+        record = _prefill(model, tokenizer, ids, mask, needs, prefill_chunk)
+        if query_aware or task.kind == "nll":  # what is held back begins with the prompt's own last token
+            record.next_token = torch.tensor([p.held_back[0] for p in batch], device=model.device)
         prefill_seconds = time.perf_counter() - started
         for i in open_runs:
             if runs[i].infeasible is None:
-                part = _replay(model, tokenizer, task, record, mask, folded[i], batch, prefill_seconds)
+                part = _replay(model, tokenizer, task, record, ids, mask, folded[i], batch, prefill_seconds)
                 on_finished(i, part)
                 runs[i].add(part)
             on_progress(1)
@@ -175,15 +179,19 @@ def _forward(model: PreTrainedModel, cache: CompressedCache, ids: Tensor, mask: 
 
 
 def _prefill(
-    model: PreTrainedModel, rows: list[list[int]], needs: Mapping[str, int], chunk: int
-) -> tuple[CompressedCache, Tensor]:
-    """An exact, uncompressed prefill that records the signals `needs`, in chunks: (record, mask [B, T])."""
-    ids, mask = _left_pad(rows, model.device)
-    record = CompressedCache(model, Full(), needs=needs)
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    mask: Tensor,
+    needs: Mapping[str, int],
+    chunk: int,
+) -> CompressedCache:
+    """An exact, uncompressed prefill of ids [B, T] that records the signals `needs`, in chunks."""
+    record = CompressedCache(model, Full(), tokenizer=tokenizer, needs=needs)
     with record.deferred():
         for start in range(0, ids.shape[1], chunk):
             _forward(model, record, ids[:, start : start + chunk], mask[:, : start + chunk], logits=1)
-    return record, mask
+    return record
 
 
 def _replay(
@@ -191,15 +199,20 @@ def _replay(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     record: CompressedCache,
+    prefix: Tensor,
     mask: Tensor,
     stack: Stack,
     batch: list[Prompt],
     prefill_seconds: float,
 ) -> Run:
-    """One stack on one prefilled batch."""
+    """One stack on one prefilled batch; prefix, mask [B, T]."""
     started = time.perf_counter()
     try:
-        cache = record.fork(stack)
+        if stack.block is None:
+            cache = record.fork(stack)
+        else:
+            cache, prefill_seconds = CompressedCache(model, stack, tokenizer=tokenizer), 0.0
+            _forward(model, cache, prefix, mask, logits=1)
     except BudgetError as error:
         return Run(infeasible=str(error))
     compress_seconds = time.perf_counter() - started
@@ -211,10 +224,15 @@ def _replay(
     ids, new_mask = _left_pad([p.held_back for p in batch], model.device)
     mask = torch.cat([mask, new_mask], dim=1)
     if task.kind == "nll":
-        logits = _forward(model, cache, ids, mask, logits=ids.shape[1]).float().log_softmax(-1)
-        outcomes = [_score_target(row[-len(p.target) :], p.target) for row, p in zip(logits, batch, strict=True)]
-        final_bytes, final_full = cache.row_nbytes(), _full_row_nbytes(cache)
-        finals = list(zip(final_bytes.tolist(), final_full.tolist(), strict=True))
+        # Selectors choose at each decode step, so they are scored on single steps.
+        steps = ids.split(1 if any(isinstance(p, Selector) for p in stack.policies) else ids.shape[1], dim=1)
+        logits, until = [], mask.shape[1] - ids.shape[1]
+        for part in steps:
+            until += part.shape[1]
+            logits.append(_forward(model, cache, part, mask[:, :until], logits=part.shape[1]))
+        likely = torch.cat(logits, dim=1).float().log_softmax(-1)
+        outcomes = [_score_target(row[-len(p.target) :], p.target) for row, p in zip(likely, batch, strict=True)]
+        finals = _bytes_now(cache)
     else:
         tokens, finals = _generate(model, tokenizer, cache, ids, mask, batch)
         outcomes = []
@@ -228,6 +246,8 @@ def _replay(
                     "n_generated": len(generated),
                 }
             )
+    if any(isinstance(p, Selector) for p in stack.policies):
+        checks["fired"] = all(read < held for held, _, read in finals)
     decode_seconds = time.perf_counter() - started
     rows = [
         {
@@ -238,6 +258,7 @@ def _replay(
             "kept_tokens": float(kept[i]),
             "kv_bytes_prefill_end": int(prefill_bytes[i]),
             "kv_bytes_final": finals[i][0],
+            "kv_bytes_read_final": finals[i][2],
             "kv_bytes_full": int(prefill_full[i]),
             "kv_bytes_full_final": finals[i][1],
             "prefill_s": (prefill_seconds + compress_seconds) / len(batch),
@@ -261,12 +282,12 @@ def _generate(
     ids: Tensor,
     mask: Tensor,
     batch: list[Prompt],
-) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Greedy decoding of the whole batch. Returns per row the tokens before a stop, and (bytes, full bytes) then."""
+) -> tuple[list[list[int]], list[tuple[int, int, int]]]:
+    """Greedy decoding of the whole batch. Returns per row the tokens before a stop, and `_bytes_now` then."""
     stops = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}
     generated: list[list[int]] = [[] for _ in batch]
-    finals: list[tuple[int, int] | None] = [None] * len(batch)
+    finals: list[tuple[int, int, int] | None] = [None] * len(batch)
     longest = max(p.sample.max_new_tokens for p in batch)
     logits = _forward(model, cache, ids, mask, logits=1)
     for step in range(longest):
@@ -282,14 +303,20 @@ def _generate(
             if chosen in stops or full or any(stop in text for stop in prompt.sample.stop):
                 just_done.append(i)
         if just_done:
-            now, now_full = cache.row_nbytes(), _full_row_nbytes(cache)
+            now = _bytes_now(cache)
             for i in just_done:
-                finals[i] = (int(now[i]), int(now_full[i]))
+                finals[i] = now[i]
         if all(f is not None for f in finals) or step == longest - 1:
             break
         mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
         logits = _forward(model, cache, token[:, None], mask, logits=1)
     return generated, [f for f in finals if f is not None]
+
+
+def _bytes_now(cache: CompressedCache) -> list[tuple[int, int, int]]:
+    """Per row: bytes held, bytes of the 16-bit full cache, bytes that the last forward read."""
+    parts = (cache.row_nbytes(), _full_row_nbytes(cache), cache.row_read_nbytes())
+    return list(zip(*(part.tolist() for part in parts), strict=True))
 
 
 def _full_row_nbytes(cache: CompressedCache) -> Tensor:
@@ -304,14 +331,14 @@ def _full_row_nbytes(cache: CompressedCache) -> Tensor:
 def _checks(stack: Stack, cache: CompressedCache, held: Tensor, full: Tensor) -> dict[str, bool]:
     """Whether the policy did something, and whether the measured bytes and slots respect its budget."""
     dense = full * (cache.policy_layers()[0].kv.keys.dtype.itemsize / 2)
-    asked = [p for p in stack.policies if not isinstance(p, Full)]
+    asked = [p for p in stack.policies if not isinstance(p, (Full, Selector))]
     fired = not asked or bool((held < dense).all())
     evictors = [p for p in asked if isinstance(p, Evictor)]
     bytes_ok = all(bool((held <= p.memory * full).all()) for p in evictors if p.memory is not None)
-    if evictors and all(p.memory is None for p in evictors):
-        for layer in cache.policy_layers():
-            step = Step(layer.index, layer.prompt, layer.seen)
-            budgets = [p.slots(layer.kv, step) for p in evictors]
-            least = torch.stack([layer.seen[:, None], *budgets]).amin(0)
-            bytes_ok &= bool((layer.kv.counts.per_head == least).all())
+    layers = cache.policy_layers()
+    kept = torch.stack([layer.kv.counts.per_head.sum(1) for layer in layers]).sum(0)
+    for evictor in (p for p in evictors if p.memory is None):
+        slots = [evictor.slots(layer.kv, layer.step(False)) for layer in layers]
+        heads = layers[0].kv.counts.shape[1]
+        bytes_ok &= bool((kept <= torch.stack([s.expand(-1, heads).sum(1) for s in slots]).sum(0)).all())
     return {"fired": fired, "bytes_ok": bytes_ok}

@@ -82,6 +82,9 @@ class Sample(_Record):
     kept_tokens: Duration  # mean over layers and heads, end of prefill
     kv_bytes_prefill_end: Bytes
     kv_bytes_final: Bytes
+    kv_bytes_read_final: Bytes | None = (
+        None  # keys, values and metadata the last step read; less than held for selectors
+    )
     kv_bytes_full: Annotated[int, Field(gt=0)]  # 16-bit full cache, end of prefill
     kv_bytes_full_final: Annotated[int, Field(gt=0)]
     prefill_s: Duration = 0.0

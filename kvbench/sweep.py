@@ -117,7 +117,7 @@ def plan_cells(config: DictConfig) -> list[Plan]:
     """The cell a config asks for, the full cache on the same prompts, and that once more (the A/A noise floor)."""
     choices = config.hydra.runtime.choices
     task = hydra.utils.instantiate(config.task)
-    evict = hydra.utils.instantiate(config.evict, **_budget(config, choices.evict))
+    evict = make_evictor(config.evict, _budget(config, choices.evict))
     quant = hydra.utils.instantiate(config.quant)
     members = [p for p in (evict, quant) if not isinstance(p, Full)]
     if config.model.dtype not in DTYPES:
@@ -141,6 +141,8 @@ def plan_cells(config: DictConfig) -> list[Plan]:
     names = {"evict": choices.evict, "quant": choices.quant}
     if not isinstance(evict, Full):
         names |= {"memory": config.memory, "budget": config.budget}
+        if config.block is not None:
+            names["block"] = config.block
     full = {"evict": "full", "quant": "none"}
     plans = [
         cell(Stack(tuple(members)), names, {}, config.batch_size),
@@ -152,6 +154,11 @@ def plan_cells(config: DictConfig) -> list[Plan]:
     return plans
 
 
+def make_evictor(config: DictConfig, budget: dict[str, Any]) -> Policy:
+    """The policy of a file of conf/evict; a wrapper's budget is that of the evictor it wraps."""
+    return hydra.utils.instantiate(config, **({"base": budget} if "base" in config else budget))
+
+
 def _budget(config: DictConfig, evict: str) -> dict[str, Any]:
     if evict == "full":
         return {}
@@ -159,7 +166,8 @@ def _budget(config: DictConfig, evict: str) -> dict[str, Any]:
         raise UserError(
             f"evict={evict} needs one of memory= (share of bytes) or budget= (tokens or share of the prompt)"
         )
-    return {"memory": config.memory} if config.budget is None else {"budget": config.budget}
+    budget = {"memory": config.memory} if config.budget is None else {"budget": config.budget}
+    return budget if config.block is None else {**budget, "block": config.block}
 
 
 def _run_groups(groups: list[list[Plan]]) -> list[dict[str, Any]]:

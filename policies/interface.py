@@ -670,8 +670,8 @@ class Quantizer(Policy):
     def __call__(self, kv: KV, step: Step) -> KV:
         self.check(kv.keys.shape[-1])
         key_codec, value_codec = self.codecs()
-        keys = kv.keys.pack(key_codec, self.flush(kv.keys.tail_counts.per_head)[0])
-        values = kv.values.pack(value_codec, self.flush(kv.values.tail_counts.per_head)[1])
+        keys = kv.keys.pack(key_codec, self.flush(kv.keys.unpacked)[0])
+        values = kv.values.pack(value_codec, self.flush(kv.values.unpacked)[1])
         return KV(keys, values, kv.columns, kv.side)
 
     def encode(self, keys: Tensor, values: Tensor) -> KV:

@@ -24,13 +24,15 @@ class KeyDiff(Evictor):
     normalized anchor the ranking is exactly that of the row sums of all pairwise cosine similarities, at linear cost.
 
     budget: slots per head, recent and sinks included (int tokens, or float share of the prompt); memory= instead: see
-    `Evictor`. recent, sinks: newest slots and first real tokens kept in any case. anchor: "normalized" or "raw" (the
-    paper's variant, another ranking).
-    Acts: at the end of every prompt forward and at every decode step, over survivors and new tokens alike.
+    `Evictor`. recent, sinks: newest slots and first real tokens kept in any case; recent=1 spares the token that has
+    just come. anchor: "normalized" or "raw" (the paper's variant, another ranking).
+    Acts: over survivors and new tokens alike, in three protocols that differ in strength: block=128 as in the paper,
+    after every block of the prompt; without block, once, at the end of the prompt; at every decode step in either case.
     Raises ValueError when constructed with a bad option, or with a budget of fewer tokens than recent + sinks.
 
-    Paper defaults: prompt in blocks of 128 with eviction after each, nothing protected: ours too, but the host chooses
-    the blocks (a whole prompt in one forward is one block). Deviations: none known.
+    Official defaults: no official code; paper: blocks of 128, nothing protected.
+    Deviations. `one_shot`: block is None by default, as the other evictors; it sees more and holds the whole prompt
+    first. kvpress's block mode is a third thing: its blocks have been computed over the uncompressed cache.
     """
 
     recent: int = 0

@@ -75,7 +75,8 @@ class SnapKV(Evictor):
 
     def _in_window(self, kv: KV, step: Step) -> Tensor:
         """[B, H or 1, S] bool: the newest slots, as many as real queries came, and the dead columns after them."""
-        assert step.queries is not None  # step.attention has raised
+        if step.queries is None:
+            raise ValueError('SnapKV needs the last queries, which its host did not supply (needs["queries"])')
         every = torch.ones_like(step.queries[:, 0, :, 0], dtype=torch.bool)
         real = every if step.query_valid is None else step.query_valid
         came = real[:, -self.window :].sum(1)

@@ -370,7 +370,7 @@ class Held:
         return Held(take_columns(self.tail, tail_index), Counts.of(left), body if body_counts.total else None)
 
     def pack(self, codec: Codec, amount: Tensor) -> Held:
-        """Moves the oldest `amount` [B, H] slots of the tail into the body, encoded by `codec`."""
+        """Encodes the oldest `amount` [B, H] `unpacked` slots by `codec` and appends them to the body."""
         moved = Counts.of(amount)
         if moved.total == 0:
             return self
@@ -386,6 +386,11 @@ class Held:
     def is_flat(self) -> bool:
         """Whether the body is full precision, only without dead rows."""
         return self.body is not None and isinstance(self.body.codec, Plain)
+
+    @property
+    def unpacked(self) -> Tensor:
+        """[B, H] int64: slots in full precision."""
+        return (self.counts if self.is_flat else self.tail_counts).per_head
 
     def flattened(self) -> Held:
         """The same slots, full-precision ones flat if a rectangle would waste more than a twentieth of its bytes."""

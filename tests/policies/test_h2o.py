@@ -90,6 +90,36 @@ def test_without_eviction_chunks_equal_one_shot_and_the_mass_is_conserved():
     torch.testing.assert_close(once.sum(-1), torch.full((1, 2), 24.0 * 4))
 
 
+def test_normalized_by_the_queries_that_could_see_each_slot():
+    keys, queries = 2 * torch.randn(1, 2, 30, 6), 2 * torch.randn(1, 4, 30, 6)
+    policy, row = H2O(8, recent=3, normalize="by_visible_queries"), Simulation(keys[0], queries[0])
+    kv, seen, differs = empty(keys), 0, False
+    for tokens in (14, 6, *[1] * 10):
+        kv = append(kv, keys, queries, seen, seen + tokens)
+        row.forward(seen, seen + tokens, 30, 3)  # a budget for all: attends and adds up, evicts nothing
+        seen += tokens
+        plain = H2O(8, recent=3)(kv, step(seen, 1, 20, tokens == 1)).position
+        kv = policy(kv, step(seen, 1, 20, tokens == 1))
+        for h, held in enumerate(row.held):
+            newest = sorted(held)[len(held) - 3 :]
+            mean = {j: total / len([i for i in range(seen) if i >= j]) for j, total in held.items()}
+            older = sorted(set(held) - set(newest), key=lambda j: (-mean[j], -j))
+            row.held[h] = {j: held[j] for j in sorted([*older[:5], *newest])}
+        assert kv.position[0].tolist() == [list(held) for held in row.held]
+        differs |= not torch.equal(plain, kv.position)
+    assert differs
+
+
+def test_flat_attention_normalized_does_not_favour_early_tokens():
+    keys = torch.zeros(1, 1, 40, 4)
+    kv = append(empty(keys), keys, keys, 0, 40)
+    assert H2O(10, recent=2)(kv, step(40, 1, 40, False)).position[0, 0].tolist() == [*range(8), 38, 39]
+    # Mean share: of 1/1 ... 1/40 for token 0, of 1/s ... 1/40 for token s: still early, but flatter.
+    score = H2O(10, normalize="by_visible_queries").score(kv, step(40, 1, 40, False))[0, 0]
+    expected = torch.tensor([sum(1 / n for n in range(s + 1, 41)) / (40 - s) for s in range(40)])
+    torch.testing.assert_close(score, expected)
+
+
 def test_recent_equal_to_the_budget_is_a_sliding_window():
     keys, queries = torch.randn(1, 2, 20, 6), torch.randn(1, 2, 20, 6)
     for policy in (H2O(6, recent=6), H2O(6, recent=1.0)):
@@ -133,6 +163,7 @@ def test_the_default_window_is_half_of_the_budget_rounded_down(budget, recent):
         ({"budget": 5, "recent": 1.5}, "recent=1.5 as a share must be from 0 to 1; write tokens as an int"),
         ({"budget": 5, "recent": "half"}, "recent must be tokens .* or None, got 'half'"),
         ({"budget": 5, "recent": True}, "recent must be tokens .* or None, got True"),
+        ({"budget": 5, "normalize": "mean"}, "H2O: normalize must be 'none' or 'by_visible_queries', got 'mean'"),
     ],
 )
 def test_bad_options(arguments, message):

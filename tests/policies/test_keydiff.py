@@ -109,6 +109,25 @@ def test_decoding_ranks_survivors_and_the_new_token_together():
     assert torch.equal(kv.keys.dense(), keys.gather(2, kv.position.long()[..., None].expand(-1, -1, -1, 8)))
 
 
+@pytest.mark.parametrize("recent", [0, 1])
+@pytest.mark.parametrize("block", [1, 5, 13, 64])
+def test_blocks_rank_survivors_and_the_block_against_the_anchor_of_both(block, recent):
+    keys = clustered(2, 40)
+    policy, kv = KeyDiff(9, recent, sinks=1), KV.of(keys[:, :, :0], keys[:, :, :0])
+    held: list[list[int]] = [[], []]
+    for start in range(0, 40, block):
+        stop = min(start + block, 40)
+        kv = kv.append(keys[:, :, start:stop], keys[:, :, start:stop], seen=torch.tensor([start]))
+        kv = policy(kv, step(stop))
+        for h in range(2):
+            held[h].extend(range(start, stop))
+            if len(held[h]) > 9:
+                sums = [-sum(cosine(keys[0, h, i], keys[0, h, j]) for j in held[h]) for i in held[h]]
+                held[h] = [held[h][s] for s in best(sums, 9, 1, recent)]
+        assert kv.position.expand(1, 2, -1)[0].tolist() == held
+    assert (kv.position.tolist() == policy(KV.of(keys, keys), step(40)).position.tolist()) == (block == 64)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
