@@ -115,13 +115,13 @@ def soft_probe(cache: CompressedCache, modules: Modules) -> list[Probe]:
 class _Reader:
     """A cache to be thrown away that reads tokens and notes their queries and keys in every compressed layer."""
 
-    def __init__(self, cache: CompressedCache, mask: Tensor | None) -> None:
+    def __init__(self, cache: CompressedCache, mask: Tensor | None, notes: bool = True) -> None:
         """mask [B, columns]: which of the tokens that `cache` has seen are real."""
         assert mask is not None, "the cache was not asked to note what it is fed"
         self.cache, self.mask = cache, mask
         self._noted: list[list[tuple[Tensor, Tensor]]] = []
         self._next = mask.sum(1, keepdim=True)  # [B, 1] position of the first token to be read
-        for layer in cache.policy_layers():
+        for layer in cache.policy_layers() if notes else ():
             self._noted.append([])
             layer.attend = partial(_note, self._noted[-1], layer)  # type: ignore[method-assign]
 
@@ -177,7 +177,7 @@ def _draft(
             small = _small_model(spec.by, cache.model.device, cache.model.dtype)
             _check_vocabulary(spec.by, small, cache.model)
             prompt, real = _padded(cache.token_ids, "left")
-            drafter = _Reader(CompressedCache(small), prompt.new_empty(len(prompt), 0))
+            drafter = _Reader(CompressedCache(small), prompt.new_empty(len(prompt), 0), notes=False)
             drafter.read(prompt, real)
         else:
             drafter = reader = _Reader(cache.fork(spec.by), cache.mask)

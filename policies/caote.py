@@ -1,4 +1,4 @@
-"""CAOTE: attention scores reweighted by how much the attention output would change (Goel et al., 2025).
+"""CAOTE: attention scores reweighted by how much the attention output would change (Goel et al., arXiv 2025).
 
 Paper https://arxiv.org/abs/2504.14051; no official code
 """
@@ -31,7 +31,7 @@ class CAOTE(Wrapper):
     Raises TypeError if base is no evictor; ValueError when constructed with a base whose scores are no attention
     weights or with a bad option, and when scores are negative.
 
-    Paper defaults: both variants, around H2O, TOVA and SnapKV, prompt in blocks of 128.
+    Official defaults: no official code; paper: both variants, around H2O, TOVA and SnapKV, in blocks of 128.
     Deviations. `group`: h of a kv head is what base makes of its group's query heads (the mean, or a multiple of it).
     `stable`: a slot with more than half of the weight is measured against the output without it, which is the same
     number, but no difference of nearly equal ones. `token_sets`: around TOVA, heads may keep different tokens.

@@ -86,7 +86,7 @@ class TokenSelect(Selector):
             candidates, amount = self._candidates(kv.counts.per_head - 1, kv, step)
             busy = candidates.sum(-1) > amount  # [B, 1 or H]
             if bool(busy.any()):
-                index, reused = self._vote(kv, query, candidates, amount)
+                index, reused = self._vote(kv, query, candidates, amount, step)
                 if bool(reused.any()):
                     query = torch.where(reused[:, None, None], kv.side["token_select.query"], query)
                 # A row that still fits has nothing to reuse: as if it were alone.
@@ -100,7 +100,7 @@ class TokenSelect(Selector):
         if bool((candidates.sum(-1) <= amount).all()):
             return None
         query = (queries.float() * real[:, None, :, None]).sum(2) / real.sum(1).clamp(min=1)[:, None, None]
-        index, _ = self._vote(kv, query.to(queries.dtype), candidates, amount)
+        index, _ = self._vote(kv, query.to(queries.dtype), candidates, amount, step)
         width = kv.counts.width
         voted = torch.zeros(*index.shape[:2], width + 1, dtype=torch.bool, device=index.device)
         voted.scatter_(2, index.long().masked_fill(index < 0, width), True)
@@ -115,11 +115,11 @@ class TokenSelect(Selector):
         slot = torch.arange(kv.counts.width, device=before.device)
         return (slot >= self.sinks) & (slot < (before + 1 - local)[..., None]), rest - local
 
-    def _vote(self, kv: KV, query: Tensor, candidates: Tensor, amount: Tensor) -> tuple[Tensor, Tensor]:
+    def _vote(self, kv: KV, query: Tensor, candidates: Tensor, amount: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """query [B, Hq, D] -> slots to read [B, 1 or H, K] int32, ascending, -1 after the last; [B] whether reused."""
         most = int(amount.max())
         known, reused = None, torch.zeros(len(query), dtype=torch.bool, device=query.device)
-        if "token_select.query" in kv.side:
+        if step.decoding and "token_select.query" in kv.side:
             last, known = kv.side["token_select.query"].flatten(1).float(), kv.side["token_select.slots"]
             reused = (F.cosine_similarity(query.flatten(1).float(), last, dim=1) > self.reuse) & last.any(1)
             if bool(reused.all()):

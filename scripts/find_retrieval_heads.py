@@ -114,8 +114,8 @@ class Gates(nn.Module):
         if not self.on or row is None:
             return full, None
         streaming = streaming_attention(query, key, value, scaling, self.sinks, self.recent).transpose(1, 2)
-        alpha = self.alpha[row].repeat_interleave(query.shape[1] // key.shape[1])[:, None].to(full.dtype)
-        return alpha * full + (1 - alpha) * streaming, None
+        alpha = self.alpha[row].repeat_interleave(query.shape[1] // key.shape[1])[:, None]  # [Hq, 1], float32
+        return (alpha * full + (1 - alpha) * streaming).to(full.dtype), None
 
 
 def gated(model: PreTrainedModel, sinks: int, recent: int) -> Gates:
@@ -201,20 +201,20 @@ def optimise(
     draw: Callable[[random.Random, int], tuple[list[int], int]],
     args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Runs the steps that are still to do; returns how it ended."""
+    """Runs the steps that are still to do; returns the mean distance over the last 100, and the time taken."""
     settings = {name: getattr(args, name) for name in SETTINGS}
     optimizer = torch.optim.AdamW([gates.alpha], lr=args.lr, weight_decay=0)
-    state_file, done, seconds = args.out.with_suffix(".state"), 0, 0.0
+    state_file, done, seconds, distances = args.out.with_suffix(".state"), 0, 0.0, []
     if args.resume and state_file.exists():
         state = torch.load(state_file, weights_only=True, map_location=model.device)
         if changed := [name for name in SETTINGS if state["settings"][name] != settings[name]]:
             raise ValueError(
                 f"{state_file} was made with other values of {', '.join(changed)}; use those, or remove it"
             )
-        done, seconds = state["step"], state["seconds"]
+        done, seconds, distances = state["step"], state["seconds"], state["distances"]
         gates.load_state_dict(state["gates"])
         optimizer.load_state_dict(state["optimizer"])
-    begin, distances = time.time() - seconds, []
+    begin = time.time() - seconds
     bar = tqdm(total=args.steps, initial=done, unit="step")
     for step in range(done, args.steps):
         rng = rng_for(args.seed, "retrieval heads", step)
@@ -226,17 +226,16 @@ def optimise(
         optimizer.step()
         with torch.no_grad():
             gates.alpha.clamp_(0, 1)
-        distances.append(distance.item())
+        distances = [*distances[-99:], distance.item()]
         bar.set_postfix(distance=f"{distance.item():.4f}", gates=f"{gates.alpha.mean().item():.3f}")
         bar.update()
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             part = state_file.with_suffix(".part")
-            state = {"settings": settings, "step": step + 1, "seconds": time.time() - begin}
+            state = {"settings": settings, "step": step + 1, "seconds": time.time() - begin, "distances": distances}
             torch.save({**state, "gates": gates.state_dict(), "optimizer": optimizer.state_dict()}, part)
             os.replace(part, state_file)
     bar.close()
-    last = distances[-100:]
-    return {"distance": sum(last) / max(1, len(last)), "seconds": round(time.time() - begin, 1)}
+    return {"distance": sum(distances) / len(distances), "seconds": round(time.time() - begin, 1)}
 
 
 SETTINGS = ("model", "text", "sinks", "recent", "min_length", "max_length", "passkeys", "steps", "lr", "reg", "seed")
@@ -283,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
     gates = gated(model, args.sinks, args.recent)
     if args.checkpointing:
-        model.gradient_checkpointing_enable()
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # the other kind gives gradients to inputs of a layer only, gates are none
         model.train()  # transformers leaves checkpointing out in eval mode
     if args.text is None:
         draw = lambda rng, length: notes(tokenizer, rng, length, args.passkeys)  # noqa: E731

@@ -63,6 +63,7 @@ class Stack:
     detectable: float = math.nan
     rho: float = math.nan  # measured bytes / bytes of the full cache, end of prefill
     rho_final: float = math.nan
+    rho_read: float = math.nan  # bytes the last step read / bytes of the full cache then; less than held for selectors
     kept: float = math.nan  # kept tokens / prompt tokens
     frontier: float = math.nan
     rank: int | None = None

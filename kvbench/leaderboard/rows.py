@@ -104,7 +104,7 @@ def _fill(stack: Stack, numbers: _Numbers) -> None:
     if numbers.full is not None and i != numbers.full:
         _compare_to_full(stack, numbers, numbers.full)
     samples = [s for c in stack.cells for s in c.samples]
-    stack.rho, stack.rho_final = bytes_ratios(samples)
+    stack.rho, stack.rho_final, stack.rho_read = bytes_ratios(samples)
     stack.kept = sum(s.kept_tokens for s in samples) / max(1, sum(s.n_prompt_tokens for s in samples))
 
 
@@ -121,11 +121,14 @@ def _compare_to_full(stack: Stack, numbers: _Numbers, full: int) -> None:
     stack.detectable = stats.detectable_difference(deltas, clusters)
 
 
-def bytes_ratios(samples: Sequence[Sample]) -> tuple[float, float]:
-    """Measured bytes as shares of the full cache: ratios of sums, at the end of prefill and of the answer."""
+def bytes_ratios(samples: Sequence[Sample]) -> tuple[float, float, float]:
+    """Bytes as shares of the full cache, ratios of sums: held after prefill, at the end; read by the last step."""
+    full = sum(s.kv_bytes_full_final for s in samples)
+    read = [s.kv_bytes_final if s.kv_bytes_read_final is None else s.kv_bytes_read_final for s in samples]
     return (
         sum(s.kv_bytes_prefill_end for s in samples) / sum(s.kv_bytes_full for s in samples),
-        sum(s.kv_bytes_final for s in samples) / sum(s.kv_bytes_full_final for s in samples),
+        sum(s.kv_bytes_final for s in samples) / full,
+        sum(read) / full,
     )
 
 

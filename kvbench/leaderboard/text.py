@@ -38,7 +38,7 @@ def _md_section(section: Section) -> list[str]:
     lines += [f"**{markdown(note)}**\n" for note in section.notes]
     lines += [f"![Score against measured bytes](pareto{section.slug}.png)", ""]
     head = ["#", "Stack", "Keeps %" if section.retention else "Score %", "95 %", "Δ points", "Δ 95 %", "Bytes %"]
-    head += ["Final bytes %", *map(column, section.tasks), "Notes"]
+    head += ["Final bytes %", "Read per step %", *map(column, section.tasks), "Notes"]
     for group, stacks in section.groups:
         lines += [f"### {markdown(group.label)}", ""]
         lines += [_md_row(map(markdown, head)), _md_row(["--:", ":--", *["--:"] * (len(head) - 3), ":--"])]
@@ -68,6 +68,7 @@ def _md_cells(section: Section, stack: Stack) -> list[str]:
         span(stack.delta),
         percent(stack.rho),
         percent(stack.rho_final),
+        percent(stack.rho_read),
         *(cell_text(stack.tasks.get(t.label)) for t in section.tasks),
         markdown(", ".join(marks(stack))),
     ]
@@ -107,6 +108,7 @@ def _csv_row(section: Section, group: Group, s: Stack) -> dict[str, Any]:
         "detectable": s.detectable,
         "rho": s.rho,
         "rho_final": s.rho_final,
+        "rho_read": s.rho_read,
         "kept_share": s.kept,
         "frontier_probability": s.frontier,
         "failed_checks": " ".join(s.failed_checks),

@@ -96,7 +96,7 @@ def _conclusion(result: stats.Difference, aa_floor: stats.Floor | None) -> str:
 
 def _bytes_line(material: Material, stack: Stack, result: stats.Difference) -> str:
     shared = [s for c in stack.cells if material.label(c) in result.n for s in c.samples]
-    rho, final = bytes_ratios(shared)
+    rho, final, _ = bytes_ratios(shared)
     mean = statistics.fmean(s.kv_bytes_prefill_end for s in shared)
     return (
         f"Bytes of {stack.key}: {percent(rho)} % of the full cache after prefill, {percent(final)} % at the end "

@@ -127,6 +127,14 @@ def test_a_padded_row_reads_as_alone_with_a_share_for_each_row():
     assert read.sum(-1).tolist() == [[10, 10], [6, 6]]
 
 
+def test_rows_with_room_read_everything_beside_rows_without():
+    keys, queries = 2 * torch.randn(2, 1, 24, 6), 2 * torch.randn(2, 1, 24, 6)
+    host = Host(H2OMask(10), keys, queries, torch.arange(24) >= torch.tensor([[0], [12]]))
+    assert [host.forward(n).sum(-1).tolist() for n in (18, 1, 1, 1, 1, 1, 1)] == [
+        [[18], [6]], [[10], [7]], [[10], [8]], [[10], [9]], [[10], [10]], [[10], [10]], [[10], [10]],
+    ]  # fmt: skip
+
+
 def test_room_for_everything_changes_nothing():
     keys, queries = torch.randn(1, 2, 20, 6), torch.randn(1, 2, 20, 6)
     host = Host(H2OMask(21), keys, queries)

@@ -28,7 +28,9 @@ class Simulation:
 
     def read(self, queries: Tensor, before: int, after: int) -> set[int]:
         """queries [Hq, T, D] of the forward that makes `before` slots `after`."""
-        mean = [sum(queries[g, i].double() for i in range(queries.shape[1])) / queries.shape[1] for g in range(len(queries))]
+        mean = [
+            sum(queries[g, i].double() for i in range(queries.shape[1])) / queries.shape[1] for g in range(len(queries))
+        ]
         relevance = {
             j: sum(float(mean[g] @ self.means[j][g // GROUP].double()) for g in range(len(queries)))
             for j in range(self.outside(before))
@@ -51,7 +53,10 @@ def feed(policy: InfLLM, lengths: tuple[int, ...], later: list[int], first: KV |
     """Forwards of random tokens: prompts of `lengths`, then `later` tokens each; yields what `choose` is called with."""
     rows = len(lengths)
     none = torch.zeros(rows, HEADS, 0, DIM)
-    kv, seen = KV(KV.of(none, none).keys, KV.of(none, none).values, {"attention": none[..., 0]}), torch.zeros(rows).long()
+    kv, seen = (
+        KV(KV.of(none, none).keys, KV.of(none, none).values, {"attention": none[..., 0]}),
+        torch.zeros(rows).long(),
+    )
     prompt = seen
     for number, amount in enumerate([max(lengths), *later]):
         # Later turns are shorter in later rows, too.
@@ -163,7 +168,9 @@ def test_a_padded_row_reads_as_alone():
         kv = next(forwards)
         row = row.with_columns(attention=kv.columns["attention"][1:, :, :live])
         alone = policy(row, now)
-        assert torch.equal(alone.side["infllm.mean"], kv.side["infllm.mean"][1:, :, : alone.side["infllm.mean"].shape[2]])
+        assert torch.equal(
+            alone.side["infllm.mean"], kv.side["infllm.mean"][1:, :, : alone.side["infllm.mean"].shape[2]]
+        )
     assert last is not None
 
 

@@ -64,7 +64,7 @@ class Simulation:
             self.last = None
             return set(range(after))
         query = queries.mean(1)
-        if self.last is not None and tokens == 1 and self.cosine(query, self.last[0]) > self.reuse:
+        if self.last is not None and decoding and self.cosine(query, self.last[0]) > self.reuse:
             self.reused += 1
         else:
             self.last = query, voted(keys, query, candidates, self.amount)
@@ -145,9 +145,8 @@ def test_what_is_kept_is_the_last_vote_and_its_query():
     for b, live in enumerate((42, 32)):
         chosen = set(allowed[b, 0, 3 : live - 5].nonzero().flatten().add(3).tolist())
         assert slots[b, 0].tolist() == sorted(chosen) and len(chosen) == 12
-    assert after.nbytes == sum(t.numel() * t.element_size() for _, t in kv.tensors() if t.dim() == 4) + (
-        query.numel() * 4 + slots.numel() * 4
-    ) or query.untyped_storage().nbytes() == query.numel() * 4
+    for tensor in (query, slots):
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * 4
 
 
 def test_dead_columns_do_not_vote():
@@ -177,9 +176,11 @@ def test_heads_that_an_evictor_left_with_different_tokens_vote_for_their_own():
 def test_equal_keys_tie_and_the_newest_win():
     keys = torch.randn(DIM).expand(1, HEADS, 40, DIM)
     now = Step(0, torch.tensor([39]), torch.tensor([40]), True)
-    allowed = TokenSelect(20, sinks=3, local=5).choose(
-        KV.of(keys, keys), torch.randn(1, HEADS * GROUP, 1, DIM), torch.tensor([[39]]), now
-    ).allowed
+    allowed = (
+        TokenSelect(20, sinks=3, local=5)
+        .choose(KV.of(keys, keys), torch.randn(1, HEADS * GROUP, 1, DIM), torch.tensor([[39]]), now)
+        .allowed
+    )
     assert allowed[0, 0].nonzero().flatten().tolist() == [0, 1, 2, *range(23, 40)]
 
 
@@ -198,7 +199,7 @@ def test_memory_counts_the_keys_that_vote(then):
     else:
         held = then(KV.of(keys, keys), now)
         assert held.row_nbytes() <= 0.7 * full and slots == prompt  # all of it fits, and nothing votes
-        few = TokenSelect(memory=0.2, sinks=3, local=5)
+        few = TokenSelect(memory=0.5, sinks=3, local=5)
         assert 8 <= int(few.slots(held, now)) < prompt
 
 

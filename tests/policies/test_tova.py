@@ -122,6 +122,16 @@ def test_equal_keys_tie_and_the_most_recent_win():
     assert TOVA(10)(KV.of(keys, keys), step(queries, 30)).position.tolist() == [[list(range(20, 30))]]
 
 
+def test_memory_counts_positions_once_for_all_heads():
+    keys, queries = (x.bfloat16() for x in sharp(1, 4, 1, 60))
+    kv, now = KV.of(keys, keys), step(queries[:, :, -1:], 60)
+    sizes = {n: TOVA(n)(kv, now).nbytes for n in range(1, 60)}
+    assert sizes[10] == 10 * (4 * 2 * 8 * 2 + 4)  # heads, sides, dims, bytes; a position
+    for memory in (0.1, 0.5, 0.8):
+        fits = max(n for n, size in sizes.items() if size <= memory * 60 * 4 * 2 * 8 * 2)
+        assert TOVA(memory=memory)(kv, now).counts.even == fits
+
+
 def test_bad_options_and_no_queries():
     with pytest.raises(ValueError, match="TOVA: protect_last must be True or False, got 4"):
         TOVA(8, 4)
