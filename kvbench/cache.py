@@ -105,13 +105,23 @@ class PolicyLayer(CacheLayerMixin):
         # A block attends to what earlier blocks left over. Layers are causal, so cutting each layer's tokens into
         # blocks gives what feeding the model block by block would.
         size = self._cache.policy.block or tokens
-        out = [
+        order = None
+        if size < tokens and valid is not None:  # blocks are of real tokens: each row's come first, its pads last
+            order = (~valid).int().argsort(dim=1, stable=True)
+            query, keys, values = (
+                take_columns(x, order[:, None].expand(-1, x.shape[1], -1)) for x in (query, keys, values)
+            )
+            valid = valid.gather(1, order)
+        parts = [
             self._attend(query[:, :, part], keys[:, :, part], values[:, :, part], _columns(valid, part), decoding)
             for part in (slice(start, start + size) for start in range(0, tokens, size))
         ]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        if order is not None:
+            out = take_columns(out, order.argsort(dim=1)[:, None].expand(-1, out.shape[1], -1))
         if not decoding:
             self.prompt = self.seen  # equal by now: one tensor to hold
-        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+        return out
 
     def _attend(
         self, query: Tensor, keys_new: Tensor, values_new: Tensor, valid: Tensor | None, decoding: bool
@@ -158,7 +168,8 @@ class PolicyLayer(CacheLayerMixin):
             allowed = selection.allowed
             if allowed.shape[1] == query.shape[1] != heads:  # heads of a group share what they read
                 allowed = allowed.unflatten(1, (heads, -1)).any(2)
-            near = self.kv.from_newest <= selection.recent
+            recent = selection.recent if isinstance(selection.recent, int) else selection.recent.view(-1, 1, 1)
+            near = self.kv.position >= self.seen[:, None, None] - recent
             read = ((allowed | near) & (self.kv.position >= 0)).expand(-1, heads, -1)
             slot, parts = torch.arange(read.shape[-1], device=read.device), []
             for held in (self.kv.keys, self.kv.values):

@@ -77,8 +77,7 @@ class CaM(H2O):
         evicted = (old >= 0) & (ascending.gather(2, first.clamp(max=width - 1)) != old)
 
         # Means from prefix sums, in double: a difference of float32 sums would lose small scores.
-        live = self.score(kept, step).double() * (new >= 0)
-        prefix = F.pad(live.cumsum(-1), (1, 0))
+        prefix = F.pad(self.score(kept, step).double().cumsum(-1), (1, 0))
         end = torch.minimum(first + self.merge, count)
         sums = prefix.gather(2, end.clamp(max=width)) - prefix.gather(2, first.clamp(max=width))
         mean = sums / (end - first).clamp(min=1)

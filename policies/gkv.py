@@ -69,9 +69,6 @@ class GKV(Evictor):
     def slot_state_nbytes(self) -> int:
         return 4
 
-    def acts(self, step: Step) -> bool:
-        return not step.decoding or int((step.seen - step.prompt).amax()) % self.interval == 0
-
     def observe(self, kv: KV, step: Step) -> KV:
         if not self.acts(step):
             return kv

@@ -31,8 +31,7 @@ class H2OOracle(Selector):
     `Selector`. recent: newest slots of them, the query's own always included: int tokens, float share of the budget in
     force (rounded down), or None: half of it.
     Acts: before the attention of every forward.
-    Raises ValueError when constructed with a bad option or with a budget of fewer tokens than `recent`, and for a batch
-    whose rows have recent windows of different sizes (lengths and shares): give recent as tokens then.
+    Raises ValueError when constructed with a bad option or with a budget of fewer tokens than `recent`.
 
     Official defaults: 10 % + 10 % of the sequence (hence our half).
     Deviations. `gqa_sum`: official code has no grouped heads; here a group sums, and reads the same slots. `fp32`:
@@ -57,14 +56,9 @@ class H2OOracle(Selector):
         if bool(fits.all()):
             return None
         recent = recent_slots(self.recent, slots).clamp(min=1)
-        if bool((recent != recent[0]).any()):
-            raise ValueError(
-                "H2OOracle: the rows of this batch have recent windows of "
-                f"{int(recent.min())} to {int(recent.max())} slots; give recent= as tokens (int)"
-            )
         total = column_sums(
             queries, kv.keys.dense(), position, kv.position,
             scaling=step.scaling, softcap=step.softcap, sinks=step.sinks,
         )  # fmt: skip
         heavy = chosen(*select(total, kv, slots - recent)[:1], kv.counts.width)
-        return Selection(heavy | fits[..., None], int(recent[0]))
+        return Selection(heavy | fits[..., None], recent[:, 0])

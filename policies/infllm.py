@@ -18,7 +18,7 @@ class InfLLM(Selector):
     """Reads the first `sinks` slots, the `local` newest, and of the blocks between them the most relevant.
 
         mean[b, h, j]   = mean of the `representatives` keys of block j that have received the most attention
-        relevance[b, j] = sum over query heads g of (mean over queries i of the forward of q[b, g, i]) . mean[b, g//G, j]
+        relevance[b, j] = sum over query heads g of (mean over the forward's queries i of q[b, g, i]) . mean[b, g//G, j]
         read[b]         = sinks, the topk blocks of the largest relevance, local window, and the forward's own tokens
 
     float32; mean [B, H, blocks, D] in the model's dtype stands in `KV.side`: made when a block leaves the local window,
@@ -100,7 +100,7 @@ class InfLLM(Selector):
             return None
         heads, width = kv.keys.shape[1], kv.counts.width
         means = self._means(kv, blocks).float()  # [B, H, N, D]
-        query = (queries.float() * real[:, None, :, None]).sum(2) / real.sum(1).clamp(min=1)[:, None, None]
+        query = (queries.float() * real[:, None, :, None]).sum(2)  # which ranks as the mean does
         query = query.unflatten(1, (heads, -1)).sum(2)
         relevance = (means @ query[..., None]).squeeze(-1)  # [B, H, N]
         if blocks.shape[1] == 1:
@@ -122,7 +122,10 @@ class InfLLM(Selector):
         return (-(-out // self.block_size)).clamp(min=0), topk.clamp(min=0)
 
     def _means(self, kv: KV, blocks: Tensor) -> Tensor:
-        """[B, H, N, D] of the first `blocks` [B, 1 or H] blocks: those known, and the others from what is held now."""
+        """[B, H, N, D] of the first `blocks` [B, 1 or H] blocks: those known, and the others from what is held now.
+
+        What stands after a list's last block has no meaning.
+        """
         batch, heads, _, dim = kv.keys.shape
         total = int(blocks.max())
         means = kv.keys.tail.new_zeros(batch, heads, total, dim)
@@ -138,7 +141,6 @@ class InfLLM(Selector):
         attention = kv.column("attention")[:, :, part].expand(-1, heads, -1).unflatten(2, (-1, self.block_size))
         voted = top(attention, torch.full_like(attention[..., 0], self.representatives))
         fresh = (keys * voted[..., None]).sum(3) / self.representatives
-        index = torch.arange(first, total, device=known.device)
-        new = ((index >= known[..., None]) & (index < blocks[..., None]))[..., None]
-        means[:, :, first:] = torch.where(new, fresh.to(means.dtype), means[:, :, first:])
+        new = torch.arange(first, total, device=known.device) >= known[..., None]
+        means[:, :, first:] = torch.where(new[..., None], fresh.to(means.dtype), means[:, :, first:])
         return means

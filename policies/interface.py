@@ -537,9 +537,16 @@ class Evictor(Budgeted):
         """Called after every forward, before anything is evicted: keeps the policy's own columns up to date."""
         return kv
 
+    @property
+    def interval(self) -> int:
+        """Decoded tokens from one eviction to the next; in between, up to interval - 1 slots above the budget stay."""
+        return 1
+
     def acts(self, step: Step) -> bool:
         """Whether this is a moment for evicting."""
-        return self.evicts_while_decoding or not step.decoding
+        if not step.decoding or self.interval == 1:
+            return self.evicts_while_decoding or not step.decoding
+        return self.evicts_while_decoding and int((step.seen - step.prompt).amax()) % self.interval == 0
 
     def __call__(self, kv: KV, step: Step) -> KV:
         kv = self.observe(kv, step)
@@ -599,16 +606,23 @@ class Wrapper(Evictor):
     def observe(self, kv: KV, step: Step) -> KV:
         return self.base.observe(kv, step)
 
+    @property
+    def interval(self) -> int:
+        return self.base.interval
+
     def acts(self, step: Step) -> bool:
         return self.base.acts(step)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which slots a forward reads: `allowed` [B, H or Hq or 1, S] bool, and the `recent` newest up to each query."""
+    """Which slots a forward reads: `allowed` [B, H or Hq or 1, S] bool, and those of the `recent` newest positions.
+
+    recent: int or [B] int64, counted from each query's own position, which is the first.
+    """
 
     allowed: Tensor
-    recent: int = 0
+    recent: int | Tensor = 0
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class KeyDiff(Evictor):
     Raises ValueError when constructed with a bad option, or with a budget of fewer tokens than recent + sinks.
 
     Official defaults: no official code; paper: blocks of 128, nothing protected.
-    Deviations. `one_shot`: block is None by default, as the other evictors; it sees more and holds the whole prompt
+    Deviations. `one_shot`: block is None by default, as in all evictors: that sees more and holds the whole prompt
     first. kvpress's block mode is a third thing: its blocks have been computed over the uncompressed cache.
     """
 

@@ -53,8 +53,9 @@ class LagKV(Evictor):
     def min_slots(self) -> int:
         return self.sinks + 1
 
-    def acts(self, step: Step) -> bool:
-        return not step.decoding or bool(((step.seen - step.prompt) % self.lag == 0).any())
+    @property
+    def interval(self) -> int:
+        return self.lag
 
     def score(self, kv: KV, step: Step) -> Tensor:
         batch, heads = kv.counts.shape
@@ -75,7 +76,7 @@ class LagKV(Evictor):
         return -rank.flatten(2).gather(2, cell).float()
 
     def protected(self, kv: KV, step: Step, slots: Tensor) -> Tensor:
-        full = (step.seen - self.sinks).clamp(min=self.lag) // self.lag
+        full = (step.seen - self.sinks) // self.lag
         last = (self.sinks + (full - 1) * self.lag)[:, None, None]
         fits = kv.from_newest <= (slots - self.sinks)[..., None]
         return (kv.position < self.sinks) | ((kv.position >= last) & fits)

@@ -69,8 +69,9 @@ class LazyEviction(Evictor):
     def slot_state_nbytes(self) -> int:
         return 8
 
-    def acts(self, step: Step) -> bool:
-        return not step.decoding or int((step.seen - step.prompt).amax()) % self.window == 0
+    @property
+    def interval(self) -> int:
+        return self.window
 
     def observe(self, kv: KV, step: Step) -> KV:
         rows = step.attention(kv)[:, :, -self.window :]

@@ -75,9 +75,6 @@ class RKV(Evictor):
     def min_slots(self) -> int:
         return self.window
 
-    def acts(self, step: Step) -> bool:
-        return not step.decoding or int((step.seen - step.prompt).amax()) % self.interval == 0
-
     def score(self, kv: KV, step: Step) -> Tensor:
         repeated = redundancy(kv, zero_unmatched=self.official)
         return self.mix_lambda * self._importance(kv, step) - (1 - self.mix_lambda) * repeated
@@ -97,12 +94,8 @@ class RKV(Evictor):
             logits = step.softcap * torch.tanh(logits / step.softcap)
         outside = kv.from_newest <= self.window  # the window, and dead columns
         logits = logits.unflatten(2, (-1, width)).amax(2).masked_fill(outside[:, :, None], _LOWEST)
-        weights = logits.softmax(-1)  # [B, H, w, S]
-        if step.query_valid is None:
-            mean = weights.mean(2)
-        else:
-            real = step.query_valid[:, None, -self.window :, None].float()
-            mean = (weights * real).sum(2) / real.sum(2).clamp(min=1)
+        # Queries that are pads do no harm: a row has them only as long as all its slots are in the window.
+        mean = logits.softmax(-1).mean(2)
         # Zero is what a maximum of weights ignores.
         return F.max_pool1d(mean.masked_fill(outside, 0), self.kernel, stride=1, padding=self.kernel // 2)
 

@@ -44,12 +44,13 @@ class SnapKV(Evictor):
     evicts_while_decoding: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        name = type(self).__name__
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
-            raise ValueError(f"SnapKV: window must be an int of at least 1 token, got {self.window!r}")
+            raise ValueError(f"{name}: window must be an int of at least 1 token, got {self.window!r}")
         if isinstance(self.kernel, bool) or not isinstance(self.kernel, int) or self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"SnapKV: kernel must be an odd int of at least 1 slot, got {self.kernel!r}")
+            raise ValueError(f"{name}: kernel must be an odd int of at least 1 slot, got {self.kernel!r}")
         if self.pooling not in ("max", "avg"):
-            raise ValueError(f"SnapKV: pooling must be 'max' or 'avg', got {self.pooling!r}")
+            raise ValueError(f"{name}: pooling must be 'max' or 'avg', got {self.pooling!r}")
         super().__post_init__()
 
     @property

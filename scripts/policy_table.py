@@ -46,7 +46,10 @@ def section(policy: Policy, begin: str, end: str) -> str:
 def source(policy: Policy) -> str:
     """Links to paper and code, from the module's docstring."""
     text = importlib.import_module(type(policy).__module__).__doc__ or ""
-    links = [("paper", r"Paper (https?://\S+?)[,.;]?(?:\s|$)"), ("code", r"official code (https?://\S+?)[,.;]?(?:\s|$)")]
+    links = [
+        ("paper", r"Paper (https?://\S+?)[,.;]?(?:\s|$)"),
+        ("code", r"official code (https?://\S+?)[,.;]?(?:\s|$)"),
+    ]
     return " ".join(f"[{name}]({m.group(1)})" for name, pattern in links if (m := re.search(pattern, text))) or "–"
 
 
@@ -54,7 +57,7 @@ def sees(policy: Policy) -> str:
     words = []
     for name, amount in policy.needs.items():
         match name, amount:
-            case "probe", Draft(tokens, by, verify):
+            case "probe", Draft(tokens, _, verify):
                 words.append(f"{tokens} drafted tokens" + (", verified" if verify else ""))
             case "probe", SoftTokens():
                 words.append("learned soft tokens")
@@ -93,10 +96,11 @@ def scores(folder: Path) -> dict[str, str]:
     means: dict[tuple[str, str], float] = {}
     for cell in cells:
         policy, extra = cell.config.policy, cell.config.model.model_extra or {}
-        if cell.config.task.name in TASKS and policy.quant == "none" and "batch_size" not in extra:
-            if policy.memory == MEMORY or policy.evict == "full":
-                mean = sum(s.score for s in cell.samples) / len(cell.samples) if cell.samples else float("nan")
-                means[policy.evict, cell.config.task.name] = mean
+        if cell.config.task.name not in TASKS or policy.quant != "none" or "batch_size" in extra:
+            continue
+        if policy.memory == MEMORY or policy.evict == "full":
+            mean = sum(s.score for s in cell.samples) / len(cell.samples) if cell.samples else float("nan")
+            means[policy.evict, cell.config.task.name] = mean
     shown = {}
     for name in {evict for evict, _ in means}:
         kept = [means[name, t] / means["full", t] for t in TASKS if (name, t) in means and ("full", t) in means]

@@ -7,7 +7,7 @@ A slot is visible to a query when it is live (position >= 0) and not younger tha
     p[i, s]       = exp(logit[i, s] - LSE_i)                         LSE_i includes the learned sink logit, if any
     out_i         = sum_s p[i, s] v_s                                column_sum_s = sum_i p[i, s]
 
-A selection narrows what is visible further: to slots that are `allowed`, or among the `recent` newest up to the query.
+A selection narrows what is visible further: to slots that are `allowed`, or of the `recent` newest positions up to the query's.
 
 Everything works on blocks of queries, so no matrix of queries x slots is ever held whole.
 
@@ -37,7 +37,7 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     allowed: Tensor | None = None,
-    recent: int = 0,
+    recent: int | Tensor = 0,
 ) -> Tensor:
     """Attention output [B, Hq, T, D] in the query's dtype.
 
@@ -89,7 +89,7 @@ def column_sums(
     sinks: Tensor | None = None,
     query_valid: Tensor | None = None,
     allowed: Tensor | None = None,
-    recent: int = 0,
+    recent: int | Tensor = 0,
 ) -> Tensor:
     """Attention each slot receives, summed over queries and over the query heads of its group: [B, H, S] float32.
 
@@ -131,7 +131,7 @@ def _visible(
     query_position: Tensor,
     key_position: Tensor,
     allowed: Tensor | None = None,
-    recent: int = 0,
+    recent: int | Tensor = 0,
 ) -> Tensor:
     """[B, H or 1, G*T, S] bool."""
     heads, query_heads = keys.shape[1], query.shape[1]
@@ -140,7 +140,7 @@ def _visible(
     visible = (slot >= 0) & (slot <= at)  # [B, H or 1, T, S]
     if allowed is None:
         return visible.repeat(1, 1, repeats, 1) if repeats > 1 else visible
-    near = slot > at - recent
+    near = slot > at - (recent if isinstance(recent, int) else recent.view(-1, 1, 1, 1))
     if allowed.shape[1] == query_heads != heads:
         by_group = allowed.unflatten(1, (heads, repeats))[:, :, :, None]  # [B, H, G, 1, S]
         return (visible[:, :, None] & (by_group | near[:, :, None])).flatten(2, 3)

@@ -250,8 +250,8 @@ def test_gradients_reach_tokens_and_adapters_through_all_layers(tiny, do):
         live = [x.requires_grad_() for x in leaves]
         value(live).backward()
     along = sum((x.grad * way).sum() for x, way in zip(live, ways, strict=True))
-    ahead, behind = (value([x.detach() + e * way for x, way in zip(live, ways, strict=True)]) for e in (1e-6, -1e-6))
-    assert math.isclose(along, (ahead - behind) / 2e-6, rel_tol=1e-4)
+    ahead, behind = (value([x.detach() + e * way for x, way in zip(live, ways, strict=True)]) for e in (1e-4, -1e-4))
+    assert math.isclose(along, (ahead - behind) / 2e-4, rel_tol=1e-3)  # norms compute in float32
     assert all(bool(x.grad.any()) for x in live)
 
 

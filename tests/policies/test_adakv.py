@@ -82,7 +82,7 @@ def cases(draw):
     return rows, draw(st.integers(max(1, recent), tokens)), draw(st.integers(0, 10)), recent
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(cases())
 def test_capacities_are_the_floor_and_the_share_of_the_best(case):
     scores, budget, tenths, recent = case
@@ -118,6 +118,11 @@ def test_equal_heads_get_equal_slots_even_if_all_scores_tie():
     assert AdaKV(Given(7))(of(row.expand(3, 20)), step(20)).counts.even == 7
     kept = AdaKV(Given(7))(of(torch.zeros(3, 20)), step(20))
     assert kept.position.tolist() == [[list(range(13, 20))] * 3]
+
+
+def test_equal_scores_of_different_heads_count_for_the_most_recent():
+    scores = [[9.0, 0, 0, -1, -1], [8.0, -1, -1, 0, 0]]
+    assert AdaKV(Given(2), 0)(of(scores), step(5)).counts.per_head.tolist() == [[1, 3]]
 
 
 def test_scores_of_any_sign_and_size():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.policies import KV, BudgetError, InfLLM, Random, Step
+from kvbench.policies import KV, BudgetError, InfLLM, Policy, Random, Step
 
 HEADS, GROUP, DIM = 2, 2, 4
 
@@ -28,9 +28,7 @@ class Simulation:
 
     def read(self, queries: Tensor, before: int, after: int) -> set[int]:
         """queries [Hq, T, D] of the forward that makes `before` slots `after`."""
-        mean = [
-            sum(queries[g, i].double() for i in range(queries.shape[1])) / queries.shape[1] for g in range(len(queries))
-        ]
+        mean = [sum(of_head.double()) / len(of_head) for of_head in queries]
         relevance = {
             j: sum(float(mean[g] @ self.means[j][g // GROUP].double()) for g in range(len(queries)))
             for j in range(self.outside(before))
@@ -49,15 +47,15 @@ class Simulation:
             self.means.append([torch.stack([k[s] for s in of]).mean(0) for k, of in zip(keys, best, strict=True)])
 
 
-def feed(policy: InfLLM, lengths: tuple[int, ...], later: list[int], first: KV | None = None) -> Iterator[tuple]:
-    """Forwards of random tokens: prompts of `lengths`, then `later` tokens each; yields what `choose` is called with."""
+def feed(policy: InfLLM, lengths: tuple[int, ...], later: list[int], first: Policy | None = None) -> Iterator[tuple]:
+    """Forwards of random tokens: prompts, then `later` tokens each; yields what `choose` gets, then the cache.
+
+    first: an evictor that runs once, after the prompt.
+    """
     rows = len(lengths)
     none = torch.zeros(rows, HEADS, 0, DIM)
-    kv, seen = (
-        KV(KV.of(none, none).keys, KV.of(none, none).values, {"attention": none[..., 0]}),
-        torch.zeros(rows).long(),
-    )
-    prompt = seen
+    kv = KV.of(none, none).with_columns(attention=none[..., 0])
+    prompt = seen = torch.zeros(rows, dtype=torch.int64)
     for number, amount in enumerate([max(lengths), *later]):
         # Later turns are shorter in later rows, too.
         real = torch.tensor(lengths if number == 0 else [max(1, amount - b) for b in range(rows)])
@@ -71,7 +69,7 @@ def feed(policy: InfLLM, lengths: tuple[int, ...], later: list[int], first: KV |
         yield kv, queries, position, step
         kv = kv.with_columns(attention=kv.columns["attention"] + torch.rand(rows, HEADS, kv.counts.width))
         if first is not None and number == 0:
-            kv = Random(first)(kv, step)
+            kv = first(kv, step)
         kv = policy(kv, step)
         yield kv
 
@@ -174,9 +172,21 @@ def test_a_padded_row_reads_as_alone():
     assert last is not None
 
 
+def test_a_window_that_grows_with_the_prompt_leaves_representatives_as_they_are():
+    policy = InfLLM(0.5, sinks=4, block_size=5, representatives=2)
+    made = [kv.side for kv in feed(policy, (60,), [1, 90, 1]) if isinstance(kv, KV)]
+    blocks = [int(side["infllm.blocks"]) for side in made]
+    assert blocks[0] == blocks[1] == 8 and blocks[2] == blocks[3] == 20
+    assert policy._blocks(torch.tensor([[151]]), None, Step(0, torch.tensor([300]), torch.tensor([300])))[0] < 20
+    again = Step(0, torch.tensor([300]), torch.tensor([300]))  # as if the prompt had grown further
+    *_, kv = feed(policy, (60,), [1, 90, 1])
+    held = policy(kv, again)
+    assert torch.equal(held.side["infllm.mean"], kv.side["infllm.mean"]) and int(held.side["infllm.blocks"]) == 20
+
+
 def test_heads_that_an_evictor_left_with_different_tokens_look_up_their_own():
     policy = InfLLM(20, sinks=2, local=8, block_size=4, representatives=2)
-    forwards = feed(policy, (60,), [1, 1], first=40)
+    forwards = feed(policy, (60,), [1, 1], first=Random(40))
     next(forwards), next(forwards)
     kv, queries, position, step = next(forwards)
     assert kv.position.shape[1] == HEADS

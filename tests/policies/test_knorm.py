@@ -118,6 +118,12 @@ def test_constant_norms_tie_to_the_most_recent_with_a_warning():
     same = torch.randn(8).expand(1, 2, 20, 8)
     with pytest.warns(UserWarning, match="key norms are all but equal"):
         assert KNorm(5)(KV.of(same, same), step(20)).position.tolist() == [[list(range(15, 20))] * 2]
+    valid = torch.arange(20) >= torch.tensor([[0], [6]])
+    kv = KV.of(keys[:, :, :0], keys[:, :, :0]).select(torch.tensor([0, 0]))
+    kv = kv.append(torch.cat([scattered(1, 2, 20), keys]), keys.expand(2, -1, -1, -1), valid, torch.zeros(2).long())
+    kv.keys.tail[1, :, 14:] = 0.0
+    with pytest.warns(UserWarning, match="key norms are all but equal"):  # dead columns do not make them vary
+        KNorm(5)(kv, step(20, 14))
 
 
 def test_no_warning_for_norms_that_vary_nor_for_a_lone_token():

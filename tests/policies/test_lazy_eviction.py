@@ -155,14 +155,13 @@ def test_of_equal_gaps_the_one_that_waits_longer_goes_first():
     assert (score.diff() >= 0).all() and (score.diff()[-20:] > 0).all()
 
 
-def test_queries_of_earlier_steps_do_not_count_again():
+def test_more_queries_than_asked_for_do_not_count():
     keys, queries = text(1, 2, 2, 60)
-    policy = LazyEviction(60, window=8, alpha=0.02)
+    policy = LazyEviction(20, window=8, alpha=0.02)
     plain, wide = Host(policy, keys, queries, [0]), Host(policy, keys, queries, [0])
-    plain.forward(40), wide.forward(40)
-    for _ in range(15):
-        plain.forward(1)
-        kv, step = wide.before(1)
+    for amount in (40, *[1] * 15):
+        plain.forward(amount)
+        kv, step = wide.before(amount)
         last = slice(wide.at - 20, wide.at)
         wide.kv = policy(
             kv, replace(step, queries=queries[:, :, last], query_valid=torch.ones(1, 20, dtype=torch.bool))

@@ -163,6 +163,15 @@ def test_similarities_are_taken_in_blocks(monkeypatch):
     torch.testing.assert_close(whole[1, 1], torch.tensor(repeated(keys[1, 1])), atol=1e-7, rtol=1e-5)
 
 
+def test_keys_that_nothing_resembles_zero_the_first_column_in_the_official_code_alone():
+    keys = torch.randn(1, 1, 12, 16) + 0.4
+    plain, official = repeated(keys[0, 0]), repeated(keys[0, 0], official=True)
+    assert max(abs(x - y) for x, y in zip(plain, official, strict=True)) > 1e-3
+    for zero_unmatched, expected in ((False, plain), (True, official)):
+        found = kvbench.policies.rkv.redundancy(KV.of(keys, keys), zero_unmatched=zero_unmatched)
+        torch.testing.assert_close(found[0, 0], torch.tensor(expected), atol=1e-7, rtol=1e-5)
+
+
 def test_it_acts_after_prompts_and_whole_intervals():
     policy, prompt = RKV(20, interval=3), torch.tensor([7, 4])
     assert policy.acts(Step(0, prompt, prompt))

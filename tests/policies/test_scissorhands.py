@@ -108,6 +108,17 @@ def test_a_window_of_queries_from_elsewhere_is_counted_once():
     assert torch.equal(policy(changed, more).column("history"), policy(changed, step).column("history"))
 
 
+def test_rows_that_brought_fewer_tokens_count_fewer_queries():
+    keys, queries = torch.randn(2, 2, 30, 6), 2 * torch.randn(2, 4, 24, 6)
+    policy, seen = Scissorhands(30, 16), torch.tensor([30, 30])
+    both = Step(0, seen, seen, queries=queries, new=torch.tensor([5, 2]))
+    for b, new in enumerate((5, 2)):
+        alone = Step(0, seen[:1], seen[:1], queries=queries[b : b + 1], new=torch.tensor([new]))
+        expected = policy(KV.of(keys[b : b + 1], keys[b : b + 1]), alone).column("history")
+        assert torch.equal(policy(KV.of(keys, keys), both).column("history")[b : b + 1], expected)
+        assert 0 < policy.score(policy(KV.of(keys, keys), both), both)[b].max() <= new
+
+
 def test_a_padded_row_is_kept_as_alone_and_keeps_its_history():
     keys, queries = torch.randn(2, 2, 40, 6), 2 * torch.randn(2, 4, 40, 6)
     valid = torch.arange(40) >= torch.tensor([[0], [11]])

@@ -20,11 +20,11 @@ def ranked(keys: Tensor, sentence: list[int], asked: Tensor, sinks: int, recent:
     return always | set([s for n in best for s in slots[n] if s not in always][: budget - sinks - recent])
 
 
-def feed(policy: Policy, lengths: tuple[int, ...], later: list[int]) -> Iterator[tuple]:
-    """Forwards of random tokens in sentences of 1 to 9; yields what `choose` is called with, then the cache."""
+def feed(policy: Policy, lengths: tuple[int, ...], later: list[int], ends: float = 0.2) -> Iterator[tuple]:
+    """Forwards of random tokens, of which a share `ends` a sentence; yields what `choose` gets, then the cache."""
     rows, total = len(lengths), max(lengths) + sum(later)
-    ends = torch.rand(rows, total) < 0.2
-    table = (ends.cumsum(1) - ends.int()).int()
+    ended = torch.rand(rows, total) < ends
+    table = (ended.cumsum(1) - ended.int()).int()
     none = torch.zeros(rows, HEADS, 0, DIM)
     kv, seen, prompt = KV.of(none, none), torch.zeros(rows).long(), None
     for number, amount in enumerate([max(lengths), *later]):
@@ -35,7 +35,7 @@ def feed(policy: Policy, lengths: tuple[int, ...], later: list[int]) -> Iterator
         kv, seen = kv.append(keys, keys, valid, seen), seen + real
         at = kv.position.long()
         found = table[:, None].expand(-1, at.shape[1], -1).gather(2, at.clamp(min=0))
-        kv = kv.with_columns(sentence=torch.where(at >= 0, found, 10**6))  # dead columns may hold anything
+        kv = kv.with_columns(sentence=torch.where(at >= 0, found, 300))  # dead columns may hold anything
         decoding = amount == 1 and number > 0
         prompt = prompt if decoding else seen
         step = Step(0, prompt, seen, decoding, queries=queries[:, :, -8:], query_valid=valid[:, -8:])
@@ -44,11 +44,11 @@ def feed(policy: Policy, lengths: tuple[int, ...], later: list[int]) -> Iterator
         yield kv
 
 
-def check(policy: Policy, selector: SentenceKV, lengths: tuple[int, ...], later: list[int], budget: int) -> int:
+def check(policy: Policy, selector: SentenceKV, lengths: tuple[int, ...], later: list[int], budget: int, *ends) -> int:
     """Compares every forward; returns how many steps joined the queries of a longer sentence."""
     open_sentences: list[tuple[int, list[Tensor]]] = [(-1, [])] * len(lengths)
     joined = 0
-    forwards = feed(policy, lengths, later)
+    forwards = feed(policy, lengths, later, *ends)
     for kv, queries, position, step in forwards:
         chosen = selector.choose(kv, queries, position, step)
         assert step.decoding or chosen is None
@@ -85,8 +85,8 @@ def test_reads_what_the_lists_give(lengths, sinks, recent, budget):
 
 
 def test_rows_that_come_to_exceed_the_budget_later_are_as_alone():
-    policy = SentenceKV(21, 4, 5)
-    assert check(policy, policy, (60, 16, 20), [1] * 14, 21) > 10
+    policy = SentenceKV(13, 2, 3)  # sentences that are long enough to be begun before, and read in part after
+    assert check(policy, policy, (40, 8, 11), [1] * 20, 13, 0.1) > 10
 
 
 @pytest.mark.parametrize("then", [KIVI(2, 8, 8), KIVI(2, 8, 0), FP8()], ids=["KIVI", "KIVI-0", "FP8"])

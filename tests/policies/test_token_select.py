@@ -24,7 +24,7 @@ def voted(keys: Tensor, query: Tensor, candidates: range, amount: int) -> set[in
 
 
 def feed(policy: Policy, lengths: tuple[int, ...], later: list[int], turn: float = 1.0) -> Iterator[tuple]:
-    """Forwards of random tokens: prompts, then `later` tokens each; yields what `choose` is called with, then the cache.
+    """Forwards of random tokens: prompts, then `later` tokens each; yields what `choose` gets, then the cache.
 
     turn: how much of a query is new; the rest is the one before.
     """

@@ -119,8 +119,14 @@ def test_a_group_shares_windows_where_its_layers_hold_different_slots():
     kvs, steps = layers(2, 60, 4)
     kvs = [Random(40)(kv, step) for kv, step in zip(kvs, steps, strict=True)]
     policy = WindowKV(20, 4, layer_group=2, beta=2)
-    score = policy.score(kvs[0], steps[0])[0]
-    by_window = dict(zip((kvs[0].position[0] // 8).flatten().tolist(), score.flatten().tolist(), strict=True))
+    raw, values = steps[0].attention(kvs[0])[0].sum(1).tolist(), {}
+    for g, row in enumerate(raw):  # query head g reads the list of key-value head g // 2
+        own: dict[int, list[float]] = {}
+        for p, x in zip(kvs[0].position[0, g // 2, :-4].tolist(), row, strict=False):
+            own.setdefault(p // 8, []).append(x)
+        for n, part in own.items():
+            values.setdefault(n, []).extend(sorted(part, reverse=True)[:4])
+    by_window = {n: sum(part) / len(part) for n, part in values.items()}
     kept = policy.over_layers(kvs, steps)[1].position[0]
     for h, held in enumerate(kvs[1].position[0].tolist()):
         scores = [by_window.get(p // 8, 0.0) for p in held[:-4]]
