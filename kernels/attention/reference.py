@@ -7,7 +7,8 @@ A slot is visible to a query when it is live (position >= 0) and not younger tha
     p[i, s]       = exp(logit[i, s] - LSE_i)                         LSE_i includes the learned sink logit, if any
     out_i         = sum_s p[i, s] v_s                                column_sum_s = sum_i p[i, s]
 
-A selection narrows what is visible further: to slots that are `allowed`, or of the `recent` newest positions up to the query's.
+A selection narrows what is visible further: to slots that are `allowed`, or of the `recent` newest positions up to the
+query's.
 
 Everything works on blocks of queries, so no matrix of queries x slots is ever held whole.
 
