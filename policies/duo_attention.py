@@ -39,14 +39,14 @@ class DuoAttention(Evictor):
     (`block` comes close to it).
     """
 
-    pattern: str | None = None
+    pattern: str = "proving"
     sinks: int = 64
     recent: int = 256
 
     ragged: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str | None):
+        if not isinstance(self.pattern, str):
             raise ValueError(f"DuoAttention: pattern must be the path of a file or 'proving', got {self.pattern!r}")
         for name, tokens, least in (("sinks", self.sinks, 0), ("recent", self.recent, 1)):
             if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < least:
@@ -71,7 +71,7 @@ class DuoAttention(Evictor):
         if rank.shape != (step.layers, heads):
             raise ValueError(
                 f"{self}: the pattern is for {rank.shape[0]} layers of {rank.shape[1]} key-value heads, "
-                f"but the model has {step.layers} of {heads}"
+                f"but the model has {step.layers} of {heads}; scripts/find_retrieval_heads.py makes one for it"
             )
         full = rank[step.order] < self._full_heads(rank, kv, step)[:, None]
         return torch.where(full, kv.counts.width, self.min_slots)
@@ -115,12 +115,8 @@ class DuoAttention(Evictor):
 
 
 @cache
-def ranks(pattern: str | None) -> Tensor:
+def ranks(pattern: str) -> Tensor:
     """[layers, H] int64: place of each head among all heads, that with the largest gate first."""
-    if pattern is None:
-        raise ValueError(
-            "DuoAttention: name the gates of your model: pattern=FILE, written by scripts/find_retrieval_heads.py"
-        )
     shipped = Path(str(files("kvbench"))) / "assets" / "duo_attention" / "proving.json"
     path = shipped if pattern == "proving" else Path(pattern)
     if not path.is_file():

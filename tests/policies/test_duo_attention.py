@@ -165,8 +165,6 @@ def test_a_byte_budget_below_the_streaming_heads_says_so(pattern):
 
 def test_patterns_that_cannot_be_used(tmp_path, pattern):
     kv, now = held(20), step(0, 20)
-    with pytest.raises(ValueError, match="name the gates of your model: pattern=FILE, written by"):
-        DuoAttention(400).check(DIM)
     with pytest.raises(ValueError, match="no file .*gone.json; scripts/find_retrieval_heads.py writes it"):
         DuoAttention(400, str(tmp_path / "gone.json"))(kv, now)
     for text in ("", "{}", '{"alpha": [0.5]}', '{"alpha": [[0.5], [0.5, 1]]}', '{"alpha": [["a"]]}'):
@@ -174,17 +172,20 @@ def test_patterns_that_cannot_be_used(tmp_path, pattern):
         bad.write_text(text)
         with pytest.raises(ValueError, match="no table of gates, layers x key-value heads"):
             DuoAttention(400, str(bad)).check(DIM)
-    with pytest.raises(ValueError, match="for 3 layers of 2 key-value heads, but the model has 4 of 2"):
+    with pytest.raises(ValueError, match="for 3 layers of 2 key-value heads, but the model has 4 of 2; scripts"):
         DuoAttention(9, pattern, SINKS, RECENT)(kv, replace(now, layers=4))
 
 
-def test_the_official_tables_are_read(tmp_path, pattern):
-    table = tmp_path / "full_attention_heads.tsv"
-    table.write_text("".join("\t".join(f"{a + 3 * (a == 1):.18e}" for a in row) + "\n" for row in ALPHA))
-    kv = held(20)
+def test_the_official_tables_are_read_and_gates_above_one_are_one(tmp_path):
+    table, same = tmp_path / "full_attention_heads.tsv", tmp_path / "gates.json"
+    gates = [[1.5, 0.1], [0.5, 0.5], [-0.2, 4.0]]
+    table.write_text("".join("\t".join(f"{a:.18e}" for a in row) + "\n" for row in gates))
+    same.write_text(json.dumps({"alpha": [[1.0, 0.1], [0.5, 0.5], [0.0, 1.0]]}))
+    assert full_heads(10, 20) == 1
     for layer in range(LAYERS):
-        both = [DuoAttention(12, p, SINKS, RECENT)(kv, step(layer, 20)) for p in (pattern, str(table))]
+        both = [DuoAttention(10, str(path), SINKS, RECENT)(held(20), step(layer, 20)) for path in (table, same)]
         assert positions(both[0], 0) == positions(both[1], 0)
+        assert (len(positions(both[0], 0)[0]) == 20) == (layer == 0)
 
 
 @pytest.mark.parametrize(
