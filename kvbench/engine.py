@@ -141,7 +141,10 @@ def run_stacks(
         prefill_seconds = time.perf_counter() - started
         for i in open_runs:
             if runs[i].infeasible is None:
-                part = _replay(model, tokenizer, task, record, ids, mask, folded[i], batch, prefill_seconds)
+                try:
+                    part = _replay(model, tokenizer, task, record, ids, mask, folded[i], batch, prefill_seconds)
+                except BudgetError as error:
+                    part = Run(infeasible=str(error))
                 on_finished(i, part)
                 runs[i].add(part)
             on_progress(1)
@@ -207,14 +210,11 @@ def _replay(
 ) -> Run:
     """One stack on one prefilled batch; prefix, mask [B, T]."""
     started = time.perf_counter()
-    try:
-        if stack.block is None:
-            cache = record.fork(stack)
-        else:
-            cache, prefill_seconds = CompressedCache(model, stack, tokenizer=tokenizer), 0.0
-            _forward(model, cache, prefix, mask, logits=1)
-    except BudgetError as error:
-        return Run(infeasible=str(error))
+    if stack.block is None:
+        cache = record.fork(stack)
+    else:
+        cache, prefill_seconds = CompressedCache(model, stack, tokenizer=tokenizer), 0.0
+        _forward(model, cache, prefix, mask, logits=1)
     compress_seconds = time.perf_counter() - started
     prefill_bytes, prefill_full = cache.row_nbytes(), _full_row_nbytes(cache)
     kept = torch.stack([layer.kv.counts.per_head.float().mean(1).cpu() for layer in cache.policy_layers()]).mean(0)

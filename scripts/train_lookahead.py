@@ -91,31 +91,37 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens:
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[dict], path: Path, batch: int
 ) -> list[dict]:
-    """Adds the greedy "response" to every record; kept in `path`, a line each, and not made twice."""
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    names = [hashlib.sha256(str([r["prompt"], r["begin"]]).encode()).hexdigest()[:16] for r in records]
-    done = done[: len(records)]
-    if [d["prompt"] for d in done] != names[: len(done)]:
-        raise SystemExit(f"{path} holds answers to other prompts: remove it, or give another --work")
-    bar = tqdm(total=len(records), initial=len(done), desc="answers", mininterval=5)
-    while len(done) < len(records):
-        part = records[len(done) : len(done) + batch]
-        ids, mask = padded([[*r["prompt"], *r["begin"]] for r in part], "left", model.device)
-        new = max(r["max_new_tokens"] for r in part)
-        grown = ids
+    """Adds the greedy "response" to every record; those in `path`, a line each, are not made twice."""
+    found: dict[str, list[int]] = {}
+    if path.exists():
+        found = {line["prompt"]: line["response"] for line in map(json.loads, path.read_text().splitlines())}
+    weights = checksum(model)
+    names = [hashlib.sha256(str([weights, r["prompt"], r["begin"]]).encode()).hexdigest()[:16] for r in records]
+    missing = [(r, name) for r, name in zip(records, names, strict=True) if name not in found]
+    missing.sort(key=lambda pair: (pair[0]["max_new_tokens"], len(pair[0]["prompt"])))  # little padding, few idle rows
+    bar = tqdm(total=len(records), initial=len(records) - len(missing), desc="answers", mininterval=5)
+    for part in (missing[at : at + batch] for at in range(0, len(missing), batch)):
+        ids, mask = padded([[*r["prompt"], *r["begin"]] for r, _ in part], "left", model.device)
+        new, grown = max(r["max_new_tokens"] for r, _ in part), ids
         if new:
             grown = model.generate(
                 ids, attention_mask=mask, past_key_values=CompressedCache(model), max_new_tokens=new, do_sample=False,
                 pad_token_id=0,
             )  # fmt: skip
-        for record, row in zip(part, grown[:, ids.shape[1] :].tolist(), strict=True):
+        for (record, name), row in zip(part, grown[:, ids.shape[1] :].tolist(), strict=True):
             response = cut_off(tokenizer, row[: record["max_new_tokens"]], record["stop"])
-            done.append({"prompt": names[len(done)], "response": [*record["begin"], *response]})
+            found[name] = [*record["begin"], *response]
         unfinished = path.with_suffix(".part")
-        unfinished.write_text("".join(json.dumps(d) + "\n" for d in done))
+        unfinished.write_text("".join(json.dumps({"prompt": k, "response": v}) + "\n" for k, v in found.items()))
         os.replace(unfinished, path)
         bar.update(len(part))
-    return [{**r, "response": d["response"]} for r, d in zip(records, done, strict=True) if d["response"]]
+    return [{**r, "response": found[name]} for r, name in zip(records, names, strict=True) if found[name]]
+
+
+def checksum(model: PreTrainedModel) -> str:
+    """Of a few numbers of every weight: tells models apart that differ by training alone."""
+    parts = [p.flatten()[:64].float().cpu().numpy().tobytes() for p in model.parameters()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def cut_off(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: Sequence[str]) -> list[int]:
@@ -213,6 +219,8 @@ def train(model: PreTrainedModel, samples: Sequence[dict], args: argparse.Namesp
     checkpoint = args.work / "checkpoint.pt"
     if args.resume and checkpoint.exists():
         loaded = torch.load(checkpoint, weights_only=True, map_location=model.device)
+        if loaded.pop("model") != checksum(model):
+            raise SystemExit(f"{checkpoint} was trained for other weights: start without --resume")
         for leaf, saved in zip([modules.tokens, *leaves], loaded.pop("leaves"), strict=True):
             leaf.data.copy_(saved)
         opt.load_state_dict(loaded.pop("opt"))
@@ -241,7 +249,7 @@ def train(model: PreTrainedModel, samples: Sequence[dict], args: argparse.Namesp
             bar.set_postfix(loss=state["log"][-1][1])
             part = checkpoint.with_suffix(".part")
             saved = [x.detach() for x in (modules.tokens, *leaves)]
-            torch.save({"leaves": saved, "opt": opt.state_dict(), **state}, part)
+            torch.save({"leaves": saved, "opt": opt.state_dict(), "model": checksum(model), **state}, part)
             os.replace(part, checkpoint)
             recent = []
     return modules, state
