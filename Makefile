@@ -30,6 +30,7 @@ lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p kvbench
+	$(BIN)/mypy scripts/anywhere.py
 
 format: $(STAMP)  ## rewrite files in the project's style
 	$(BIN)/ruff check --fix .

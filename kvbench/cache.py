@@ -157,7 +157,7 @@ class PolicyLayer(CacheLayerMixin):
         """What a selector of the stack lets this forward read; keeps note of it."""
         self.read = None
         selectors = [(i, p) for i, p in enumerate(self._cache.policy.policies) if isinstance(p, Selector)]
-        if not selectors:
+        if not selectors or self._cache.is_deferred:  # a deferred prompt is read exactly
             return None
         at, selector = selectors[0]
         step = replace(self.step(decoding), stack=self._cache.policy.policies, at=at)
@@ -693,8 +693,8 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
