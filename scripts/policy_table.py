@@ -103,8 +103,10 @@ def scores(folder: Path) -> dict[str, str]:
             means[policy.evict, cell.config.task.name] = mean
     shown = {}
     for name in {evict for evict, _ in means}:
-        kept = [means[name, t] / means["full", t] for t in TASKS if (name, t) in means and ("full", t) in means]
-        shown[name] = f"{100 * sum(kept) / len(kept):.0f} %" if kept and sum(kept) == sum(kept) else "too few bytes"
+        ran = [t for t in TASKS if (name, t) in means and ("full", t) in means]
+        kept = sum(means[name, t] / means["full", t] for t in ran) / max(1, len(ran))
+        only = f" ({ran[0]} only)" if len(ran) == 1 else ""
+        shown[name] = f"{100 * kept:.0f} %{only}" if kept == kept and ran else "too few bytes"
     return shown
 
 
