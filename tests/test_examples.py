@@ -33,7 +33,7 @@ def test_the_page_shows_the_code_and_its_output(capsys):
     (output,) = re.findall(r"```text\n(.*?)```", PAGE, re.S)
     example.main()
     assert capsys.readouterr().out == output
-    assert all((ROOT / "docs" / link).exists() for link in re.findall(r"\]\(([^)#:]+)\)", PAGE))
+    assert all((ROOT / "policies" / link).exists() for link in re.findall(r"\]\(([^)#:]+)\)", PAGE))
 
 
 def test_plain_tensors():

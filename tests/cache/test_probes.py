@@ -145,6 +145,19 @@ def test_a_draft_by_the_full_cache_is_what_comes_next(family, verify, tiny, do):
         assert probe.position.tolist() == [list(range(20, 26))] and bool(probe.valid.all())
 
 
+def test_a_verified_draft_is_read_over_the_full_cache(tiny, do):
+    model = tiny()
+    cache, ids, _ = read(model, do, 40)
+    drafting = cache.fork(SnapKV(6, 2))
+    drafted = [cache.next_token]
+    for _ in range(4):
+        drafted.append(do.feed(model, drafting, drafted[-1][:, None])[:, -1].argmax(-1))
+    by = SnapKV(6, 2)
+    verified, unverified = run_probe(cache, Draft(5, by, verify=True)), run_probe(cache, Draft(5, by))
+    assert_probes(verified, known_probe(cache, torch.stack(drafted, 1)), atol=0, rtol=0)
+    assert not torch.allclose(verified[1].queries, unverified[1].queries, atol=0.1)
+
+
 def test_a_row_ends_its_draft_with_its_own_end_of_sequence(tiny, do):
     model = tiny()
     cache, ids, mask = read(model, do, 20, 14)

@@ -141,6 +141,15 @@ def test_queries_beyond_the_window_do_not_vote():
     assert torch.equal(LAQ(9, 5).score(kv, step), LAQ(9, 5).score(kv, replace(step, queries=None, query_valid=None)))
 
 
+def test_pads_in_the_window_do_not_vote():
+    """As in a later turn that brought fewer tokens than the window, beside a row that brought more."""
+    kv, step = case((24, 5))
+    real = torch.tensor([[False, False, True, True]])
+    padded = replace(step, query_valid=real)
+    fewer = replace(step, queries=step.queries[:, :, 2:], query_valid=None)
+    torch.testing.assert_close(LAQ(9, 5, 4).score(kv, padded), LAQ(9, 5, 4).score(kv, fewer))
+
+
 def test_equal_keys_tie_and_the_most_recent_win():
     kv, step = case((24, 5))
     flat = KV.of(torch.ones(1, 2, 24, 8), torch.ones(1, 2, 24, 8))
