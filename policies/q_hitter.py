@@ -68,7 +68,7 @@ class QHitter(Evictor):
         batch, heads, width, _ = kv.keys.shape
         old = kv.columns.get("quant_error", torch.zeros(batch, heads, width, device=kv.keys.tail.device))
         new = step.is_new(kv).expand(batch, heads, width)
-        alone = Plain() if self.bits == 16 else MinMax(self.bits)
+        alone = Plain(torch.float32) if self.bits == 16 else MinMax(self.bits)
         keys, values = kv.decode()
         for_keys, for_values = (alone, alone) if step.quantizer is None else step.quantizer.codecs()
         error = _error(keys, for_keys, kv, new) + _error(values, for_values, kv, new)

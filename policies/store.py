@@ -185,6 +185,7 @@ class Codec(Protocol):
 class Plain:
     """The codec that changes nothing: rows as they are, but flat, without memory for dead ones."""
 
+    dtype: torch.dtype
     group: int = 1
 
     def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -196,7 +197,7 @@ class Plain:
         return rows["plain"].to(dtype)
 
     def row_nbytes(self, head_dim: int) -> int:
-        raise NotImplementedError("bytes of plain rows depend on their dtype")  # nobody plans with this codec
+        return head_dim * self.dtype.itemsize
 
     def group_nbytes(self, head_dim: int) -> int:
         return 0
@@ -399,7 +400,8 @@ class Held:
             return self
         x, counts = flatten(self.dense(), self.counts), self.counts
         none = Counts(counts.shape, counts.device, 0)
-        return Held(self.tail[:, :, :0].clone(), none, Packed(Plain(), counts, {"plain": owned(x)}, {}, None, x.dtype))
+        body = Packed(Plain(x.dtype), counts, {"plain": owned(x)}, {}, None, x.dtype)
+        return Held(self.tail[:, :, :0].clone(), none, body)
 
     def rectangular(self) -> Held:
         """Undoes `flattened`."""
