@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvbench.policies.interface import KV, Selection, Selector, Step
-from kvbench.policies.quest import slots_to_read, top
+from kvbench.policies.quest import top
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,9 @@ class InfLLM(Selector):
     def min_slots(self) -> int:
         return self.sinks + (3 * self.block_size if self.local is None else self.local + self.block_size)
 
-    def slots(self, kv: KV, step: Step) -> Tensor:
-        if self.memory is None:
-            return super().slots(kv, step)
+    def metadata_nbytes(self, kv: KV, step: Step) -> Tensor:
         means = step.prompt // self.block_size * (kv.keys.shape[-1] * kv.keys.dtype.itemsize)
-        return slots_to_read(self, means + 4, kv, step)  # and the number of blocks
+        return means + 4  # and the number of blocks
 
     def __call__(self, kv: KV, step: Step) -> KV:
         held = kv.counts.per_head[:, : kv.position.shape[1]]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Any, ClassVar
 
 import torch
@@ -454,8 +454,9 @@ class Budgeted(Policy):
             mean = step.prompt - torch.floor(step.prompt.double() * (1 - self.budget) + 1e-6).to(torch.int64)
             mean = mean.clamp(min=self.min_slots)
         else:
-            per_row = {n: self._slots_for_bytes(n, kv, step) for n in set(step.prompt.tolist())}
-            mean = torch.tensor([per_row[n] for n in step.prompt.tolist()], device=step.prompt.device)
+            rows = zip(step.prompt.tolist(), self.metadata_nbytes(kv, step).tolist(), strict=True)
+            most = [self._slots_for_bytes(prompt, kv, step, metadata) for prompt, metadata in rows]
+            mean = torch.tensor(most, device=step.prompt.device)
         return self.spread(mean, step.prompt, step.layers)[step.order][:, None]
 
     def head_nbytes(self, slots: Tensor, kv: KV, step: Step, *, evicted: Tensor | bool = True) -> Tensor:
@@ -484,22 +485,49 @@ class Budgeted(Policy):
         assert self.memory is not None
         return int(self.memory * 2 * prompt * heads * head_dim * 2)
 
-    def _slots_for_bytes(self, prompt: int, kv: KV, step: Step) -> int:
+    def metadata_nbytes(self, kv: KV, step: Step) -> Tensor:
+        """[B] int64: bytes per head that a budget in bytes pays besides slots, unless the whole prompt fits."""
+        return torch.zeros_like(step.prompt)
+
+    def _slots_for_bytes(self, prompt: int, kv: KV, step: Step, metadata: int = 0) -> int:
         """The most slots, as a mean over layers, whose exact bytes fit into `memory` of the full cache of a prompt."""
-        heads = kv.keys.shape[1]
-        slots = torch.arange(prompt + 1)
-        # Positions are stored as soon as something is evicted, which at the latest the first decoded token causes.
-        held = self.head_nbytes(slots, kv, step, evicted=(slots < prompt) | step.decoding) * heads
-        allowed = self.allowed_nbytes(prompt, kv)
-        spread = self.spread(slots, torch.full_like(slots, prompt), step.layers).clamp(max=prompt)
-        fitting = (held[spread].sum(0) <= allowed * step.layers).nonzero()
-        most = int(fitting.max()) if len(fitting) else 0
-        if most < self.min_slots:
-            raise BudgetError(
-                f"{self}: {self.memory:.4g} of the full cache of {prompt} tokens is {allowed} bytes per layer, "
-                f"room for {most} slots, but {max(self.min_slots, 1)} are needed; use a larger memory= or fewer bits"
-            )
-        return most
+        _, heads, _, head_dim = kv.keys.shape
+        return _most_slots(
+            self, prompt, metadata, heads, head_dim, kv.keys.dtype, step.stack, step.at, step.layers, step.decoding
+        )
+
+
+@lru_cache(maxsize=4096)
+def _most_slots(
+    policy: Budgeted,
+    prompt: int,
+    metadata: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    stack: tuple[Policy, ...],
+    at: int,
+    layers: int,
+    decoding: bool,
+) -> int:
+    """Asked in every layer and decode step, always with the same few answers. Raises BudgetError."""
+    kv = KV.of(*(torch.empty(1, heads, 0, head_dim, dtype=dtype) for _ in range(2)))
+    length = torch.tensor([prompt])
+    step = Step(layer=0, prompt=length, seen=length, decoding=decoding, layers=layers, stack=stack, at=at)
+    slots = torch.arange(prompt + 1)
+    # Positions are stored as soon as something is evicted, which at the latest the first decoded token causes.
+    held = policy.head_nbytes(slots, kv, step, evicted=(slots < prompt) | decoding) + metadata * (slots < prompt)
+    allowed = policy.allowed_nbytes(prompt, kv)
+    spread = policy.spread(slots, torch.full_like(slots, prompt), layers).clamp(max=prompt)
+    fitting = (heads * held[spread].sum(0) <= allowed * layers).nonzero()
+    most = int(fitting.max()) if len(fitting) else 0
+    if most < min(policy.min_slots, prompt):
+        besides = f" besides {heads * metadata} bytes to choose them by" if metadata else ""
+        raise BudgetError(
+            f"{policy}: {policy.memory:.4g} of the full cache of {prompt} tokens is {allowed} bytes per layer, "
+            f"room for {most} slots{besides}, but {policy.min_slots} are needed; use a larger memory= or fewer bits"
+        )
+    return max(most, policy.min_slots)
 
 
 @dataclass(frozen=True)
@@ -629,8 +657,17 @@ class Selection:
 class Selector(Budgeted):
     """Drops nothing; chooses at each forward which slots take part. Bytes held stay, bytes read per step fall.
 
-    budget: slots read per head and step; memory: instead, a share of the 16-bit full cache's bytes read per step.
+    budget: slots read per head and step; memory: instead, a share of the 16-bit full cache's bytes read per step, those
+    read to choose by (`metadata_nbytes`) included.
     """
+
+    def head_nbytes(self, slots: Tensor, kv: KV, step: Step, *, evicted: Tensor | bool = True) -> Tensor:
+        """Exact bytes of keys and values that reading `slots` (any int64 tensor) slots of one head takes."""
+        head_dim, itemsize = kv.keys.shape[-1], kv.keys.dtype.itemsize
+        quantizer = next((p for p in step.stack if isinstance(p, Quantizer)), None)
+        if quantizer is None:
+            return slots * (2 * head_dim * itemsize)
+        return quantizer.slot_nbytes(slots, 1, head_dim, itemsize)
 
     def __call__(self, kv: KV, step: Step) -> KV:
         """Called after every forward: keeps what `choose` reads (`KV.side`) up to date."""

@@ -142,6 +142,6 @@ def _affine(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(
             f"KIVI stores scale and zero point as fp16, at most 65504; keys or values reach {float(x.abs().max()):.6g}"
         )
-    codes = ((x - zero.float()) / scale.float()).round().clamp(0, top)
-    codes = torch.where(scale > 0, codes, 0).to(torch.uint8)
+    step = scale.float().masked_fill(scale == 0, torch.inf)  # constant groups: codes 0
+    codes = (x - zero.float()).div_(step).round_().clamp_(0, top).to(torch.uint8)
     return codes, scale.squeeze(dim), zero.squeeze(dim)

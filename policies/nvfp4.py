@@ -23,7 +23,6 @@ from kvbench.kernels.packing import (
     encode_e2m1,
     encode_e4m3,
     pack_interleaved,
-    unpack_interleaved,
 )
 from kvbench.policies.interface import Quantizer
 from kvbench.policies.store import Codec
@@ -91,7 +90,7 @@ class E2M1Blocks:
     def decode(
         self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        x = decode_e2m1(unpack_interleaved(rows["codes"], 4))
+        x = decode_e2m1(rows["codes"])
         x.view(x.shape[0], -1, _BLOCK).mul_(self._decoded(rows["scale"])[..., None])
         return cast(x, dtype)
 

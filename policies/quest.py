@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvbench.policies.interface import KV, BudgetError, Quantizer, Selection, Selector, Step
+from kvbench.policies.interface import KV, Selection, Selector, Step
 from kvbench.policies.store import take_columns
 
 LEAST_PAGES = 3
@@ -62,12 +62,10 @@ class Quest(Selector):
         slots = slots.expand(layers, *slots.shape)
         return torch.cat([torch.maximum(slots[:dense], prompt), slots[dense:]])
 
-    def slots(self, kv: KV, step: Step) -> Tensor:
-        if self.memory is None:
-            return super().slots(kv, step)
+    def metadata_nbytes(self, kv: KV, step: Step) -> Tensor:
         # One more page than the prompt fills: the decoded token may open it.
         bounds = (step.prompt // self.page + 1) * (2 * kv.keys.shape[-1] * kv.keys.dtype.itemsize)
-        return slots_to_read(self, bounds + 2 * 4, kv, step)  # and what `progress` notes
+        return bounds + 2 * 4  # and what `progress` notes
 
     def __call__(self, kv: KV, step: Step) -> KV:
         if step.order < self.dense_layers or self._fits(kv, step):
@@ -140,34 +138,6 @@ def top(score: Tensor, amount: Tensor) -> Tensor:
     order = width - 1 - score.flip(-1).sort(dim=-1, descending=True, stable=True).indices
     taken = torch.arange(width, device=score.device) < amount[..., None]
     return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, taken.expand_as(order))
-
-
-def slots_to_read(policy: Selector, metadata: Tensor, kv: KV, step: Step) -> Tensor:
-    """The most slots per head, [B, 1], whose bytes fit into `memory` of the full cache together with the metadata.
-
-    metadata [B] int64: bytes per head that a step reads to choose by; none where the whole prompt fits.
-    """
-    heads, dim, itemsize = kv.keys.shape[1], kv.keys.shape[-1], kv.keys.dtype.itemsize
-    quantizer = next((p for p in step.stack if isinstance(p, Quantizer)), None)
-    rows = list(zip(step.prompt.tolist(), metadata.tolist(), strict=True))
-    found = {}
-    for prompt, extra in set(rows):
-        slots = torch.arange(prompt + 1)
-        read = slots * (2 * dim * itemsize) if quantizer is None else quantizer.slot_nbytes(slots, 1, dim, itemsize)
-        read = heads * (read + extra * (slots < prompt))
-        spread = policy.spread(slots, torch.full_like(slots, prompt), step.layers).clamp(max=prompt)
-        allowed = policy.allowed_nbytes(prompt, kv)
-        fitting = (read[spread].sum(0) <= allowed * step.layers).nonzero()
-        most = int(fitting.max()) if len(fitting) else 0
-        if most < min(policy.min_slots, prompt):
-            raise BudgetError(
-                f"{policy}: {policy.memory:.4g} of the full cache of {prompt} tokens is {allowed} bytes per layer, "
-                f"room to read {most} slots besides {heads * extra} bytes to choose them by, "
-                f"but {policy.min_slots} are needed; use a larger memory="
-            )
-        found[prompt, extra] = max(most, policy.min_slots)
-    mean = torch.tensor([found[row] for row in rows], device=step.prompt.device)
-    return policy.spread(mean, step.prompt, step.layers)[step.order][:, None]
 
 
 def settled(kv: KV, name: str) -> Tensor:

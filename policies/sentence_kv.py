@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvbench.policies.interface import KV, Selection, Selector, Step
-from kvbench.policies.quest import progress, settled, slots_to_read
+from kvbench.policies.quest import progress, settled
 from kvbench.policies.store import owned
 
 
@@ -64,13 +64,11 @@ class SentenceKV(Selector):
     def slot_state_nbytes(self) -> int:
         return 4
 
-    def slots(self, kv: KV, step: Step) -> Tensor:
-        if self.memory is None:
-            return super().slots(kv, step)
+    def metadata_nbytes(self, kv: KV, step: Step) -> Tensor:
         dim = kv.keys.shape[-1]
         sentences = self._sentence(kv).flatten(1).amax(1) + 1
         # Besides the means: the float32 sum, its sentence, and what `progress` notes.
-        return slots_to_read(self, sentences * (dim * kv.keys.dtype.itemsize) + dim * 4 + 4 + 2 * 4, kv, step)
+        return sentences * (dim * kv.keys.dtype.itemsize) + dim * 4 + 4 + 2 * 4
 
     def __call__(self, kv: KV, step: Step) -> KV:
         side = {name: x for name, x in kv.side.items() if not name.startswith("sentence_kv.")}

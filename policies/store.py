@@ -10,8 +10,9 @@ The body is *flat* (no dead rows at all), so a ragged cache really frees its byt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -39,11 +40,11 @@ class Counts:
         """[B, H] int64."""
         return torch.full(self.shape, self.even or 0, device=self.device) if self.ragged is None else self.ragged
 
-    @property
+    @cached_property
     def width(self) -> int:
         return int(self.ragged.max()) if self.ragged is not None else self.even or 0
 
-    @property
+    @cached_property
     def total(self) -> int:
         return int(self.ragged.sum()) if self.ragged is not None else (self.even or 0) * self.shape[0] * self.shape[1]
 
@@ -55,6 +56,12 @@ class Counts:
         """[B*H] first flat row of each list."""
         flat = self.per_head.flatten()
         return flat.cumsum(0) - flat
+
+    def owners(self) -> tuple[Tensor, Tensor]:
+        """Per flat row: the number of its list, and its column there, both [N] int64."""
+        held = self.per_head.flatten()
+        owner = torch.arange(len(held), device=self.device).repeat_interleave(held, output_size=self.total)
+        return owner, torch.arange(self.total, device=self.device) - self.starts()[owner]
 
     def plus(self, other: Counts) -> Counts:
         if self.even is not None and other.even is not None:
@@ -76,46 +83,48 @@ class Counts:
         return Counts((self.shape[0], 1), self.device, self.even, None if self.ragged is None else self.ragged[:, :1])
 
 
+# Rows are moved by `index_select` on flat views: on a CPU an order of magnitude faster than masks, scatter or gather.
+
+
 def flatten(padded: Tensor, counts: Counts) -> Tensor:
     """[B, H, >=width, ...] -> [N, ...]: the live columns, list after list."""
-    padded = padded[:, :, : counts.width]
-    return padded.flatten(0, 2) if counts.even is not None else padded[counts.live()]
+    if counts.even is not None:
+        return padded[:, :, : counts.even].flatten(0, 2)
+    owner, column = counts.owners()
+    return padded.flatten(0, 2).index_select(0, owner * padded.shape[2] + column)
 
 
 def unflatten(flat: Tensor, counts: Counts) -> Tensor:
-    """[N, ...] -> [B, H, width, ...]; dead columns are zero."""
+    """[N, ...] -> [B, H, width, ...]; dead columns hold any finite value."""
     shape = (*counts.shape, counts.width, *flat.shape[1:])
     if counts.even is not None:
         return flat.reshape(shape)
-    padded = flat.new_zeros(shape)
-    padded[counts.live()] = flat
-    return padded
+    column = torch.arange(counts.width, device=flat.device)
+    source = (counts.starts()[:, None] + column).clamp(max=counts.total - 1)
+    return flat.index_select(0, source.flatten()).view(shape)
 
 
-def interleave(old: Tensor, old_counts: Counts, new: Tensor, new_counts: Counts) -> Tensor:
-    """Appends each list of `new` [M, ...] to its list of `old` [N, ...]: [N + M, ...]."""
-    if old_counts.even is not None and new_counts.even is not None:
-        lists = old_counts.shape[0] * old_counts.shape[1]
-        sizes = (old, old_counts.even), (new, new_counts.even)
-        return torch.cat([x.reshape(lists, size, *x.shape[1:]) for x, size in sizes], dim=1).flatten(0, 1)
-    starts = old_counts.plus(new_counts).starts()
-    merged = old.new_empty((old.shape[0] + new.shape[0], *old.shape[1:]))
-    shift = starts - old_counts.starts()
-    merged[_spread(shift, old_counts)] = old
-    shift = starts + old_counts.per_head.flatten() - new_counts.starts()
-    merged[_spread(shift, new_counts)] = new
-    return merged
-
-
-def _spread(shift: Tensor, counts: Counts) -> Tensor:
-    repeated = shift.repeat_interleave(counts.per_head.flatten())
-    return repeated + torch.arange(len(repeated), device=shift.device)
+def interleaved(pairs: Iterable[tuple[Tensor, Tensor]], old: Counts, new: Counts) -> list[Tensor]:
+    """Per pair: each list of the second [M, ...] appended to the same list of the first [N, ...]: [N + M, ...]."""
+    if old.even is not None and new.even is not None:
+        lists = old.shape[0] * old.shape[1]
+        return [
+            torch.cat([x.reshape(lists, c.even, *x.shape[1:]) for x, c in zip(pair, (old, new), strict=True)], dim=1)
+            .flatten(0, 1)
+            for pair in pairs
+        ]  # fmt: skip
+    owner, column = old.plus(new).owners()
+    after = column - old.per_head.flatten()[owner]
+    source = torch.where(after < 0, old.starts()[owner] + column, old.total + new.starts()[owner] + after)
+    return [torch.cat(pair).index_select(0, source) for pair in pairs]
 
 
 def take_columns(padded: Tensor, index: Tensor) -> Tensor:
     """[B, H, S, ...] and index [B, H, K] (-1 = dead) -> [B, H, K, ...]; dead columns hold any finite value."""
-    wide = index.clamp(min=0).reshape(*index.shape, *(1,) * (padded.dim() - 3))
-    return padded.gather(2, wide.expand(*index.shape, *padded.shape[3:]))
+    batch, heads, columns = padded.shape[:3]
+    first = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * columns
+    rows = (index.clamp(min=0) + first).flatten()
+    return padded.flatten(0, 2).index_select(0, rows).view(*index.shape, *padded.shape[3:])
 
 
 def append_columns(
@@ -217,7 +226,7 @@ class Packed:
     @classmethod
     def encode(cls, codec: Codec, x: Tensor, counts: Counts) -> Packed:
         """x [N, D] flat rows of the lists `counts` (each a multiple of `codec.group`)."""
-        if not bool(torch.isfinite(x).all()):
+        if x.numel() and not all(bound.isfinite() for bound in x.aminmax()):  # nan passes through, far faster than all
             raise ValueError("cannot quantize keys or values with inf or nan; check the model's dtype for overflow")
         return cls(codec, counts, *codec.encode(x), None, x.dtype)
 
@@ -231,15 +240,18 @@ class Packed:
             raise ValueError(
                 f"slots packed as {self.codec} cannot take slots packed as {other.codec}; use one quantizer"
             )
-        rows = {k: interleave(v, self.counts, other.rows[k], other.counts) for k, v in self.rows.items()}
+        pairs = [(v, other.rows[k]) for k, v in self.rows.items()]
         counts = self.counts.plus(other.counts)
         if self.group_of is None and other.group_of is None:
+            rows = dict(zip(self.rows, interleaved(pairs, self.counts, other.counts), strict=True))
             mine, theirs = self.counts.groups(self.codec.group), other.counts.groups(self.codec.group)
-            groups = {k: interleave(v, mine, other.groups[k], theirs) for k, v in self.groups.items()}
+            shared = [(v, other.groups[k]) for k, v in self.groups.items()]
+            groups = dict(zip(self.groups, interleaved(shared, mine, theirs), strict=True))
             return replace(self, counts=counts, rows=rows, groups=groups)
-        offset = self._group_total()
+        pairs.append((self._explicit(), other._explicit() + self._group_total()))
+        *moved, group_of = interleaved(pairs, self.counts, other.counts)
+        rows = dict(zip(self.rows, moved, strict=True))
         groups = {k: torch.cat([v, other.groups[k]]) for k, v in self.groups.items()}
-        group_of = interleave(self._explicit(), self.counts, other._explicit() + offset, other.counts)
         return replace(self, counts=counts, rows=rows, groups=groups, group_of=_narrow(group_of))
 
     def pick(self, flat: Tensor, counts: Counts) -> Packed:
@@ -248,7 +260,7 @@ class Packed:
         Rows keep their codes and their own group's scale (no decode, no re-encode): a group's scale lives as long as
         one member does, and the rows then carry a group reference, which is counted.
         """
-        rows = {k: v[flat] for k, v in self.rows.items()}
+        rows = {k: v.index_select(0, flat) for k, v in self.rows.items()}
         if not self.groups:
             return replace(self, counts=counts, rows=rows)
         used, group_of = self._explicit()[flat].unique(return_inverse=True)
@@ -345,9 +357,16 @@ class Held:
         """[B, H, S, D] in the model's dtype, left-aligned; dead columns hold any finite value."""
         if self.body is None:
             return self.tail[:, :, : self.tail_counts.width]
-        tail = flatten(self.tail, self.tail_counts)
-        rows = interleave(self.body.dense_rows(), self.body.counts, tail, self.tail_counts)
-        return unflatten(rows, self.counts)
+        rows, packed, capacity = self.body.dense_rows(), self.body.counts, self.tail.shape[2]
+        if packed.even is not None and self.tail_counts.even is not None:
+            return torch.cat([unflatten(rows, packed), self.tail[:, :, : self.tail_counts.even]], dim=2)
+        column = torch.arange(self.counts.width, device=rows.device)
+        after = column - packed.per_head.flatten()[:, None]
+        owner = torch.arange(len(after), device=rows.device)[:, None]
+        in_tail = packed.total + owner * capacity + after
+        both = torch.cat([rows, self.tail.flatten(0, 2)])
+        source = torch.where(after < 0, packed.starts()[:, None] + column, in_tail).clamp(max=len(both) - 1)
+        return both.index_select(0, source.flatten()).view(self.shape)
 
     def append(self, x: Tensor, valid: Tensor | None = None) -> Held:
         """x [B, H, T, D] joins the tail; `valid` [B, T] marks real tokens (None: all)."""

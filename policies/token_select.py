@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvbench.policies.interface import KV, Quantizer, Selection, Selector, Step
-from kvbench.policies.quest import slots_to_read, top
+from kvbench.policies.quest import top
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,7 @@ class TokenSelect(Selector):
     def min_slots(self) -> int:
         return self.sinks + (self.local or 5)
 
-    def slots(self, kv: KV, step: Step) -> Tensor:
-        if self.memory is None:
-            return super().slots(kv, step)
+    def metadata_nbytes(self, kv: KV, step: Step) -> Tensor:
         dim, itemsize = kv.keys.shape[-1], kv.keys.dtype.itemsize
         quantizer = next((p for p in step.stack if isinstance(p, Quantizer)), None)
         keys = step.prompt * (dim * itemsize)
@@ -75,7 +73,7 @@ class TokenSelect(Selector):
             codec, packed = quantizer.codecs()[0], quantizer.flush(step.prompt)[0]
             keys = packed * codec.row_nbytes(dim) + packed // codec.group * codec.group_nbytes(dim)
             keys = keys + (step.prompt - packed) * (dim * itemsize)
-        return slots_to_read(self, keys, kv, step)
+        return keys
 
     def __call__(self, kv: KV, step: Step) -> KV:
         side = {name: x for name, x in kv.side.items() if not name.startswith("token_select.")}

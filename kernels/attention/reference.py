@@ -98,6 +98,17 @@ def column_sums(
     """
     batch, heads, slots, _ = keys.shape
     total = torch.zeros((batch, heads, slots), dtype=torch.float32, device=keys.device)
+    if query_valid is not None and batch > 1 and query.device.type == "cpu":  # rows without their pads and dead columns
+        for row in range(batch):
+            real, live = query_valid[row], int((key_position[row] >= 0).sum(-1).amax())
+            at = slice(row, row + 1)
+            total[at, :, :live] = column_sums(
+                query[at, :, real], keys[at, :, :live], query_position[at, real], key_position[at, :, :live],
+                scaling=scaling, softcap=softcap, sinks=sinks,
+                allowed=None if allowed is None else (allowed if len(allowed) == 1 else allowed[at])[..., :live],
+                recent=recent if isinstance(recent, int) else recent[at],
+            )  # fmt: skip
+        return total
     for block in _blocks(query, keys):
         part, newest = query[:, :, block], query_position[:, block].amax()
         # Slots are in order: those after the last one that any query of the block sees get nothing.
@@ -168,14 +179,15 @@ def _weights(
 ) -> Tensor:
     """[B, H, G*T, S] float32."""
     heads, tokens = keys.shape[1], query.shape[2]
-    repeats = query.shape[1] // heads
-    logits = _group(query, heads).float() @ keys.float().transpose(-1, -2) * scaling
+    repeats, slots = query.shape[1] // heads, keys.shape[2]
+    logits = (_group(query, heads).float() * scaling) @ keys.float().transpose(-1, -2)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~visible, -torch.inf)
-    lse = logits.logsumexp(-1, keepdim=True)
+    logits = logits.masked_fill_(~visible, -torch.inf)
     if sinks is not None:
-        sink = sinks.float().view(1, heads, repeats, 1).expand(-1, -1, -1, tokens).reshape(1, heads, -1, 1)
-        lse = torch.logaddexp(lse, sink)
-    # lse = -inf where nothing is visible: exp(-inf - -inf) would be nan.
-    return torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0))
+        sink = (
+            sinks.float().view(1, heads, repeats, 1).expand(len(logits), -1, -1, tokens).reshape(*logits.shape[:3], 1)
+        )
+        return torch.cat([logits, sink], dim=-1).softmax(-1)[..., :slots]
+    # Where nothing is visible, softmax would be 0 / 0.
+    return logits.softmax(-1).masked_fill_(~visible.any(-1, keepdim=True), 0)

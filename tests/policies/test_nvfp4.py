@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.kernels.packing import decode_e2m1, decode_e4m3, unpack_interleaved
+from kvbench.kernels.packing import decode_e2m1, decode_e4m3, pack_interleaved, unpack_interleaved
 from kvbench.policies import KV, NVFP4
 
 F32 = np.float32
@@ -59,7 +59,7 @@ def test_codes_scales_and_values_are_the_definition(tensor_scale: float, head_di
 def test_all_codes_at_all_scales_round_trip(tensor_scale: float) -> None:
     scales = torch.arange(1, 127, dtype=torch.uint8)  # every positive finite E4M3; block scales have no sign
     codes = torch.stack([torch.randperm(16) for _ in range(126)]).to(torch.uint8)
-    x = decode_e2m1(codes) * (decode_e4m3(scales) * (tensor_scale / 6))[:, None]
+    x = decode_e2m1(pack_interleaved(codes, 4)) * (decode_e4m3(scales) * (tensor_scale / 6))[:, None]
     kv = NVFP4(tensor_scale, tensor_scale).encode(x[None, None], x[None, None])
     for side in ("keys", "values"):
         got, got_scale = stored(kv, side)

@@ -266,7 +266,7 @@ def test_a_byte_budget_counts_each_row_and_says_what_is_missing():
     policy = Quest(memory=0.9, page=4, dense_layers=0)
     both = policy.slots(padded(200, 80)[0], step(201, 81))
     assert both.flatten().tolist() == [int(policy.slots(padded(n)[0], step(n + 1))) for n in (200, 80)]
-    message = r"Quest\(memory=0.2, page=4\): 0.2 of the full cache of 60 tokens .* read 0 slots .* 12 are needed"
+    message = r"Quest\(memory=0.2, page=4\): 0.2 of the full cache of 60 tokens .* room for 0 slots .* 12 are needed"
     with pytest.raises(BudgetError, match=message):
         Quest(memory=0.2, page=4).slots(padded(60)[0], step(61, layers=4))
     assert int(Quest(memory=1.0).slots(KV.of(*torch.randn(2, 1, 2, 30, 8).bfloat16()), step(30, prompt=30))) == 48

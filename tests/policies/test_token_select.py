@@ -194,7 +194,7 @@ def test_memory_counts_the_keys_that_vote(then):
     slots = int(policy.slots(KV.of(keys, keys), now))
     if then is None:
         assert full // 2 + HEADS * slots * 64 <= 0.7 * full < full // 2 + HEADS * (slots + 1) * 64
-        with pytest.raises(BudgetError, match="room to read 0 slots besides 6400 bytes to choose them by"):
+        with pytest.raises(BudgetError, match="room for 0 slots besides 6400 bytes to choose them by"):
             TokenSelect(memory=0.5, sinks=3, local=5).slots(KV.of(keys, keys), now)
     else:
         held = then(KV.of(keys, keys), now)
