@@ -107,12 +107,7 @@ def unflatten(flat: Tensor, counts: Counts) -> Tensor:
 def interleaved(pairs: Iterable[tuple[Tensor, Tensor]], old: Counts, new: Counts) -> list[Tensor]:
     """Per pair: each list of the second [M, ...] appended to the same list of the first [N, ...]: [N + M, ...]."""
     if old.even is not None and new.even is not None:
-        lists = old.shape[0] * old.shape[1]
-        return [
-            torch.cat([x.reshape(lists, c.even, *x.shape[1:]) for x, c in zip(pair, (old, new), strict=True)], dim=1)
-            .flatten(0, 1)
-            for pair in pairs
-        ]  # fmt: skip
+        return [torch.cat([unflatten(a, old), unflatten(b, new)], dim=2).flatten(0, 2) for a, b in pairs]
     owner, column = old.plus(new).owners()
     after = column - old.per_head.flatten()[owner]
     source = torch.where(after < 0, old.starts()[owner] + column, old.total + new.starts()[owner] + after)
