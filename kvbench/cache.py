@@ -32,6 +32,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from kvbench.kernels.attention import attend, attend_causal, column_sums
+from kvbench.kernels.rotation import rotate
 from kvbench.ledger import Part, full_nbytes, ledger, report
 from kvbench.policies.full import Full
 from kvbench.policies.interface import KV, Moments, Policy, Probe, Repeat, Selection, Selector, Stack, Step
@@ -173,7 +174,8 @@ class PolicyLayer(CacheLayerMixin):
             read = ((allowed | near) & (self.kv.position >= 0)).expand(-1, heads, -1)
             slot, parts = torch.arange(read.shape[-1], device=read.device), []
             for held in (self.kv.keys, self.kv.values):
-                in_body = slot < held.counts.per_head[..., None] - held.tail_counts.per_head[..., None]
+                first, end = (x[..., None] for x in held.packed)
+                in_body = (slot >= first) & (slot < end)
                 parts += [(read & in_body).sum((1, 2)), (read & ~in_body).sum((1, 2))]
             self.read = torch.stack(parts, 1)
         return selection
@@ -248,7 +250,7 @@ class PolicyLayer(CacheLayerMixin):
             new=torch.zeros_like(self.seen) if self.new is None else self.new,
             order=self.order, layers=len(self._cache.policy_layers()),
             queries=self.queries, query_valid=self.query_valid, moments=moments,
-            inverse_frequency=None if moments is None else self._cache.frequency(self.index), probe=probe,
+            inverse_frequency=self._cache.frequency(self.index) if self._cache.turns else None, probe=probe,
             **self.geometry,
         )  # fmt: skip
 
@@ -289,8 +291,8 @@ class PolicyLayer(CacheLayerMixin):
             yield from self.kv.tensors()
             for held in (self.kv.keys, self.kv.values):
                 parts = (held, held.body) if held.body is not None else (held,)
-                counts = (held.tail_counts, *(part.counts for part in parts))
-                yield from (("lengths", c.ragged) for c in counts if c.ragged is not None)
+                counts = (held.tail_counts, held.sinks, *(part.counts for part in parts))
+                yield from (("lengths", c.ragged) for c in counts if c is not None and c.ragged is not None)
         for name in ("seen", "prompt", "new", "queries", "query_valid", "read"):
             if (tensor := getattr(self, name)) is not None:
                 yield name, tensor
@@ -396,7 +398,8 @@ class CompressedCache(Cache):
         self._rotary: dict[str, Tensor] = {}
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
-        if self.policy.in_cache_positions or "moments" in self.needs:
+        self.turns = self.policy.in_cache_positions or bool({"moments", "rope"} & set(self.needs))
+        if self.turns:
             self._rotary = _rotary_frequencies(model, {t for t, layer in plan if not layer.is_sliding})
         self._layer_types = [t for t, _ in plan]
         compressed = [i for i, (_, layer) in enumerate(plan) if not layer.is_sliding]
@@ -663,19 +666,6 @@ def _narrowed(selection: Selection | None) -> dict[str, Any]:
     return {} if selection is None else {"allowed": selection.allowed, "recent": selection.recent}
 
 
-def rotate(x: Tensor, shift: Tensor, inverse_frequency: Tensor) -> Tensor:
-    """Turns RoPE'd x [B, H, S, D] by `shift` [B, H or 1, S] positions; inverse_frequency [R/2], the first R dims turn.
-
-    Half-split layout: dims j and j + R/2 form a pair. Angles in float32; shift 0 returns the same values.
-    """
-    half = len(inverse_frequency)
-    angle = shift[..., None].float() * inverse_frequency.to(x.device)
-    cos, sin = angle.cos(), angle.sin()
-    first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-    return torch.cat([turned, rest], dim=-1)
-
-
 def _attend_prompt(query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
     """Causal attention of a prompt on itself. Padded rows run alone, without pads: no mask, no T x T matrix."""
     if valid is None:
@@ -776,7 +766,7 @@ def signals(policies: Sequence[Policy]) -> dict[str, int]:
                 name, amount = "tokens", 1
             elif name == "window":
                 name = "queries"
-            elif name == "all_layers":
+            elif name in ("all_layers", "rope"):
                 continue
             collected[name] = max(amount, collected.get(name, 0))
     return collected

@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from typing import Any
 
-from kvbench.policies.interface import KV, BudgetError, Evictor, Policy, Quantizer, Stack, Step, select
+from kvbench.policies.interface import KV, BudgetError, Evictor, Mixed, Policy, Quantizer, Stack, Step, select
 
 _FRAMEWORK = {"interface", "store"}
 
@@ -21,7 +21,19 @@ for _module in sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name n
             POLICIES[_name] = _value
 globals().update(POLICIES)
 
-__all__ = [*POLICIES, "KV", "POLICIES", "BudgetError", "Evictor", "Policy", "Quantizer", "Stack", "Step", "select"]
+__all__ = [
+    *POLICIES,
+    "KV",
+    "POLICIES",
+    "BudgetError",
+    "Evictor",
+    "Mixed",
+    "Policy",
+    "Quantizer",
+    "Stack",
+    "Step",
+    "select",
+]
 
 
 def __getattr__(name: str) -> Any:

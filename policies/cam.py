@@ -3,7 +3,7 @@
 Paper https://openreview.net/forum?id=LCTmppB165, official code https://github.com/zyxxmu/cam
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 from kvbench.policies.h2o import H2O
 from kvbench.policies.interface import KV, Step
 from kvbench.policies.random import Random
-from kvbench.policies.store import Held, take_columns
+from kvbench.policies.store import take_columns
 
 _MASK = 2**32 - 1
 
@@ -59,11 +59,12 @@ class CaM(H2O):
         if kept is kv:
             return kv
         values = kept.values.rectangular()
-        before = 0 if values.body is None else values.body.counts.per_head[..., None]
-        column = before + torch.arange(values.tail.shape[2], device=values.tail.device).expand(*kv.counts.shape, -1)
+        first, end = (x[..., None] for x in values.packed)
+        column = torch.arange(values.tail.shape[2], device=values.tail.device).expand(*kv.counts.shape, -1)
+        column = torch.where(column < first, column, column + end - first)
         arriving = take_columns(self._arriving(kv, kept, step), column.clamp(max=kept.counts.width - 1))
         tail = (values.tail.float() + arriving).to(values.dtype)
-        merged = Held(tail, values.tail_counts, values.body)
+        merged = replace(values, tail=tail)
         return KV(kept.keys, merged.flattened() if kept.values.is_flat else merged, kept.columns, kept.side)
 
     def _arriving(self, kv: KV, kept: KV, step: Step) -> Tensor:

@@ -10,12 +10,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kvbench.kernels.packing import cast, decode_e4m3, divide, encode_e4m3
-from kvbench.policies.interface import Quantizer
-from kvbench.policies.store import Codec
+from kvbench.policies.interface import Quantizer, Step
+from kvbench.policies.store import Codec, Packed, Where
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,12 @@ class FP8(Quantizer):
     value_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, scale in (("key_scale", self.key_scale), ("value_scale", self.value_scale)):
             if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
                 raise ValueError(f"FP8: {name} must be a positive number, got {scale!r}")
 
-    def codecs(self) -> tuple[Codec, Codec]:
+    def codecs(self, step: Step | None = None) -> tuple[Codec, Codec]:
         return E4M3(self.key_scale), E4M3(self.value_scale)
 
 
@@ -56,14 +56,13 @@ class E4M3:
 
     scale: float
     group: ClassVar[int] = 1
+    first: ClassVar[None] = None
 
-    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return {"codes": encode_e4m3(divide(x.float(), self.scale))}, {}
 
-    def decode(
-        self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        return cast(decode_e4m3(rows["codes"]) * self.scale, dtype)
+    def decode(self, packed: Packed) -> Tensor:
+        return cast(decode_e4m3(packed.rows["codes"]) * self.scale, packed.dtype)
 
     def row_nbytes(self, head_dim: int) -> int:
         return head_dim

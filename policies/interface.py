@@ -224,7 +224,7 @@ class Step:
     queries: [B, Hq, w, D] the last w queries after RoPE (None unless `needs["queries"]` or `needs["window"]`), of which
     `query_valid` [B, w] are real. scaling, softcap, sinks [Hq]: the layer's attention, so that scores use the model's
     own. moments, probe: see `Policy.needs`. inverse_frequency [R/2]: of the RoPE, which turns the first R dims in
-    halves (supplied with moments). stack: the stack being applied; at: the index of the policy in it.
+    halves (supplied with moments, and for `needs["rope"]`). stack: the stack being applied; at: which policy of it.
     """
 
     layer: int
@@ -297,9 +297,10 @@ class Policy(ABC):
 
         "attention": 1: the column "attention", accumulated column sums. "queries": w: the last w queries of the last
         forward. "window": w: the last w queries, kept from forward to forward. "moments": n: moments of all queries but
-        the first n. "probe": a `Draft`, `SoftTokens` or `Repeat`, run after every multi-token forward. "sentence": 1:
-        the column "sentence", the number of the sentence each token stands in. "all_layers": 1: the host calls
-        `over_layers` once the whole model has run, not each layer's policy right after its attention.
+        the first n. "rope": 1: `Step.inverse_frequency`. "probe": a `Draft`, `SoftTokens` or `Repeat`, run after every
+        multi-token forward. "sentence": 1: the column "sentence", the number of the sentence each token stands in.
+        "all_layers": 1: the host calls `over_layers` once the whole model has run, not each layer's policy right after
+        its attention.
         """
         return {}
 
@@ -471,7 +472,7 @@ class Budgeted(Policy):
         quantizer = step.quantizer
         held = slots * (2 * head_dim * itemsize)
         if quantizer is not None:
-            held = quantizer.slot_nbytes(slots, 1, head_dim, itemsize)
+            held = quantizer.slot_nbytes(slots, 1, head_dim, itemsize, step)
         stack = step.stack or (self,)
         state = 4 * any("attention" in p.needs for p in stack)
         state += sum(p.slot_state_nbytes - 4 * ("attention" in p.needs) for p in stack if isinstance(p, Budgeted))
@@ -513,13 +514,16 @@ def _most_slots(
     """Asked in every layer and decode step, always with the same few answers. Raises BudgetError."""
     kv = KV.of(*(torch.empty(1, heads, 0, head_dim, dtype=dtype) for _ in range(2)))
     length = torch.tensor([prompt])
-    step = Step(layer=0, prompt=length, seen=length, decoding=decoding, layers=layers, stack=stack, at=at)
     slots = torch.arange(prompt + 1)
-    # Positions are stored as soon as something is evicted, which at the latest the first decoded token causes.
-    held = policy.head_nbytes(slots, kv, step, evicted=(slots < prompt) | decoding) + metadata * (slots < prompt)
     allowed = policy.allowed_nbytes(prompt, kv)
     spread = policy.spread(slots, torch.full_like(slots, prompt), layers).clamp(max=prompt)
-    fitting = (heads * held[spread].sum(0) <= allowed * layers).nonzero()
+    total = torch.zeros_like(slots)
+    for order in range(layers):
+        step = Step(order, length, length, decoding, order=order, layers=layers, stack=stack, at=at)
+        # Positions are stored as soon as something is evicted, which at the latest the first decoded token causes.
+        held = policy.head_nbytes(slots, kv, step, evicted=(slots < prompt) | decoding) + metadata * (slots < prompt)
+        total += heads * held[spread[order]]
+    fitting = (total <= allowed * layers).nonzero()
     most = int(fitting.max()) if len(fitting) else 0
     if most < min(policy.min_slots, prompt):
         besides = f" besides {heads * metadata} bytes to choose them by" if metadata else ""
@@ -667,7 +671,7 @@ class Selector(Budgeted):
         quantizer = next((p for p in step.stack if isinstance(p, Quantizer)), None)
         if quantizer is None:
             return slots * (2 * head_dim * itemsize)
-        return quantizer.slot_nbytes(slots, 1, head_dim, itemsize)
+        return quantizer.slot_nbytes(slots, 1, head_dim, itemsize, step)
 
     def __call__(self, kv: KV, step: Step) -> KV:
         """Called after every forward: keeps what `choose` reads (`KV.side`) up to date."""
@@ -708,38 +712,126 @@ class Quantizer(Policy):
     """Holds older slots packed. Subclasses name a codec for keys and one for values, and how much of a tail to pack.
 
     New tokens always arrive in the full-precision tail and are attended there first; this policy runs after attention.
+
+    sinks: so many first tokens stay in full precision. `q.keys & r.values` takes keys as `q` does and values as `r`.
     """
 
+    sinks: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
+            raise ValueError(f"{type(self).__name__}: sinks must be an int of 0 or more tokens, got {self.sinks!r}")
+
     @abstractmethod
-    def codecs(self) -> tuple[Codec, Codec]:
-        """(keys, values)."""
+    def codecs(self, step: Step | None = None) -> tuple[Codec | None, Codec | None]:
+        """(keys, values) in the layer of `step`; None: full precision."""
 
     def flush(self, tail: Tensor) -> tuple[Tensor, Tensor]:
         """How many of `tail` (any int tensor of tail lengths) to pack now: (keys, values). Default: all of them."""
         return tail, tail
 
+    @property
+    def keeps(self) -> tuple[int, int]:
+        """First tokens that stay in full precision: (keys, values)."""
+        return self.sinks, self.sinks
+
+    @property
+    def keys(self) -> Side:
+        return Side(self, 0)
+
+    @property
+    def values(self) -> Side:
+        return Side(self, 1)
+
     def __call__(self, kv: KV, step: Step) -> KV:
         self.check(kv.keys.shape[-1])
-        key_codec, value_codec = self.codecs()
-        keys = kv.keys.pack(key_codec, self.flush(kv.keys.unpacked)[0])
-        values = kv.values.pack(value_codec, self.flush(kv.values.unpacked)[1])
-        return KV(keys, values, kv.columns, kv.side)
+        position = kv.position
+        sides = []
+        for i, (held, codec, keep) in enumerate(zip((kv.keys, kv.values), self.codecs(step), self.keeps, strict=True)):
+            if codec is not None:
+                sinks = held.first_tokens(keep, position)
+                amount = self.flush(held.unpacked if sinks is None else held.unpacked - sinks)[i]
+                held = held.pack(codec, amount, sinks, position)
+            sides.append(held)
+        return KV(sides[0], sides[1], kv.columns, kv.side)
 
-    def encode(self, keys: Tensor, values: Tensor) -> KV:
-        """keys, values [B, H, T, D] -> packed; see `KV.decode`, `KV.nbytes`, `KV.gather`."""
+    def encode(self, keys: Tensor, values: Tensor, step: Step | None = None) -> KV:
+        """keys, values [B, H, T, D] -> packed; see `KV.decode`, `KV.nbytes`, `KV.gather`.
+
+        step: only for formats that depend on the layer (artifacts, RoPE frequencies).
+        """
         if keys.shape[:3] != values.shape[:3] or keys.dim() != 4:
             raise ValueError(
                 f"keys and values must be [batch, kv_heads, tokens, head_dim], "
                 f"got {list(keys.shape)} and {list(values.shape)}"
             )
         seen = torch.full((keys.shape[0],), keys.shape[2], device=keys.device)
-        return self(KV.of(keys, values), Step(layer=0, prompt=seen, seen=seen))
+        return self(KV.of(keys, values), Step(layer=0, prompt=seen, seen=seen) if step is None else step)
 
-    def slot_nbytes(self, slots: Tensor, heads: int, head_dim: int, itemsize: int) -> Tensor:
-        """Exact bytes of keys and values of one row of one layer once `slots` (int tensor) dense slots are packed."""
+    def slot_nbytes(self, slots: Tensor, heads: int, head_dim: int, itemsize: int, step: Step | None = None) -> Tensor:
+        """Exact bytes of keys and values of one row of the layer of `step`, once `slots` (int tensor) are packed."""
         total = torch.zeros_like(slots)
-        for codec, packed in zip(self.codecs(), self.flush(slots), strict=True):
-            groups = packed // codec.group
-            body = packed * codec.row_nbytes(head_dim) + groups * codec.group_nbytes(head_dim)
+        for i, (codec, keep) in enumerate(zip(self.codecs(step), self.keeps, strict=True)):
+            body = packed = torch.zeros_like(slots)
+            if codec is not None:
+                packed = self.flush(slots - slots.clamp(max=keep))[i]
+                body = packed * codec.row_nbytes(head_dim) + packed // codec.group * codec.group_nbytes(head_dim)
             total += heads * (body + (slots - packed) * head_dim * itemsize)
         return total
+
+
+@dataclass(frozen=True)
+class Side:
+    """The keys (index 0) or the values (1) of a quantizer; None: left in full precision. Two of them make a `Mixed`."""
+
+    of: Quantizer | None
+    index: int
+
+    def __and__(self, other: Side) -> Mixed:
+        if not isinstance(other, Side) or {self.index, other.index} != {0, 1}:
+            raise TypeError(f"& takes one side of keys and one of values, as KIVI(2).keys & FP8().values; got {other}")
+        first, second = sorted((self, other), key=lambda side: side.index)
+        return Mixed(first.of, second.of)
+
+
+@dataclass(frozen=True)
+class Mixed(Quantizer):
+    """Keys as one quantizer stores them, values as another; None: in full precision. `KIVI(4).keys & FP8().values`.
+
+    Each side keeps its own sinks and residual window.
+    """
+
+    k: Quantizer | None = None
+    v: Quantizer | None = None
+    sinks: int = field(init=False, default=0, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, part in (("k", self.k), ("v", self.v)):
+            if part is not None and not isinstance(part, Quantizer):
+                raise TypeError(f"Mixed: {name} must be a quantizer such as KIVI(2), or None, got {part!r}")
+
+    @property
+    def needs(self) -> Mapping[str, Any]:
+        return {} if self._parts == (None, None) else Stack(tuple(p for p in self._parts if p is not None)).needs
+
+    @property
+    def _parts(self) -> tuple[Quantizer | None, Quantizer | None]:
+        return self.k, self.v
+
+    @property
+    def keeps(self) -> tuple[int, int]:
+        sides = [0 if part is None else part.keeps[i] for i, part in enumerate(self._parts)]
+        return sides[0], sides[1]
+
+    def check(self, head_dim: int) -> None:
+        for part in self._parts:
+            if part is not None:
+                part.check(head_dim)
+
+    def codecs(self, step: Step | None = None) -> tuple[Codec | None, Codec | None]:
+        sides = [None if part is None else part.codecs(step)[i] for i, part in enumerate(self._parts)]
+        return sides[0], sides[1]
+
+    def flush(self, tail: Tensor) -> tuple[Tensor, Tensor]:
+        sides = [tail if part is None else part.flush(tail)[i] for i, part in enumerate(self._parts)]
+        return sides[0], sides[1]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kvbench.kernels.packing import cast, divide, pack_planar, unpack_planar
-from kvbench.policies.interface import Quantizer
-from kvbench.policies.store import Codec
+from kvbench.policies.interface import Quantizer, Step
+from kvbench.policies.store import Codec, Packed, Where
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class KIVI(Quantizer):
     residual: int = 128
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.bits not in (2, 4):
             raise ValueError(f"KIVI: bits must be 2 or 4, got {self.bits!r}")
         if not isinstance(self.group_size, int) or self.group_size < 1:
@@ -67,7 +68,7 @@ class KIVI(Quantizer):
             if head_dim % divisor:
                 raise ValueError(f"{self}: head_dim={head_dim} is not a multiple of {divisor} ({why})")
 
-    def codecs(self) -> tuple[Codec, Codec]:
+    def codecs(self, step: Step | None = None) -> tuple[Codec, Codec]:
         return PerChannel(self.bits, self.group_size), PerToken(self.bits, self.group_size)
 
     def flush(self, tail: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,22 +82,21 @@ class PerChannel:
 
     bits: int
     group: int
+    first: ClassVar[None] = None
 
-    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         codes, scale, zero = _affine(x.unflatten(0, (x.shape[0] // self.group, self.group)), self.bits, dim=1)
         return {"codes": pack_planar(codes.flatten(0, 1), self.bits)}, {"scale": scale, "zero": zero}
 
-    def decode(
-        self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        x = unpack_planar(rows["codes"], self.bits).float()
-        scale, zero = groups["scale"], groups["zero"]
-        if group_of is None:
+    def decode(self, packed: Packed) -> Tensor:
+        x = unpack_planar(packed.rows["codes"], self.bits).float()
+        scale, zero = packed.groups["scale"], packed.groups["zero"]
+        if packed.group_of is None:
             shared = x.view(scale.shape[0], self.group, x.shape[1])
             shared.mul_(scale[:, None]).add_(zero[:, None])
         else:
-            x.mul_(scale[group_of.long()]).add_(zero[group_of.long()])
-        return cast(x, dtype)
+            x.mul_(packed.group_rows("scale")).add_(packed.group_rows("zero"))
+        return cast(x, packed.dtype)
 
     def row_nbytes(self, head_dim: int) -> int:
         return head_dim * self.bits // 8
@@ -112,18 +112,17 @@ class PerToken:
     bits: int
     group_size: int
     group: ClassVar[int] = 1
+    first: ClassVar[None] = None
 
-    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         codes, scale, zero = _affine(x.unflatten(1, (-1, self.group_size)), self.bits, dim=2)
         return {"codes": pack_planar(codes.flatten(1), self.bits), "scale": scale, "zero": zero}, {}
 
-    def decode(
-        self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        x = unpack_planar(rows["codes"], self.bits).float()
+    def decode(self, packed: Packed) -> Tensor:
+        x = unpack_planar(packed.rows["codes"], self.bits).float()
         shared = x.view(x.shape[0], -1, self.group_size)
-        shared.mul_(rows["scale"][..., None]).add_(rows["zero"][..., None])
-        return cast(x, dtype)
+        shared.mul_(packed.rows["scale"][..., None]).add_(packed.rows["zero"][..., None])
+        return cast(x, packed.dtype)
 
     def row_nbytes(self, head_dim: int) -> int:
         return head_dim * self.bits // 8 + 4 * (head_dim // self.group_size)

@@ -24,8 +24,8 @@ from kvbench.kernels.packing import (
     encode_e4m3,
     pack_interleaved,
 )
-from kvbench.policies.interface import Quantizer
-from kvbench.policies.store import Codec
+from kvbench.policies.interface import Quantizer, Step
+from kvbench.policies.store import Codec, Packed, Where
 
 _BLOCK = 16
 _SMALLEST_E4M3 = 2.0**-9
@@ -60,6 +60,7 @@ class NVFP4(Quantizer):
     value_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, scale in (("key_scale", self.key_scale), ("value_scale", self.value_scale)):
             if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
                 raise ValueError(f"NVFP4: {name} must be a positive number, got {scale!r}")
@@ -68,7 +69,7 @@ class NVFP4(Quantizer):
         if head_dim % _BLOCK:
             raise ValueError(f"{self}: head_dim={head_dim} is not a multiple of {_BLOCK} (channels that share a scale)")
 
-    def codecs(self) -> tuple[Codec, Codec]:
+    def codecs(self, step: Step | None = None) -> tuple[Codec, Codec]:
         return E2M1Blocks(self.key_scale), E2M1Blocks(self.value_scale)
 
 
@@ -78,8 +79,9 @@ class E2M1Blocks:
 
     tensor_scale: float
     group: ClassVar[int] = 1
+    first: ClassVar[None] = None
 
-    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         x = x.float().unflatten(1, (-1, _BLOCK))
         largest = x.abs().amax(2)
         scale = encode_e4m3(torch.where(largest > 0, divide(largest, self.tensor_scale).clamp(min=_SMALLEST_E4M3), 1.0))
@@ -87,12 +89,10 @@ class E2M1Blocks:
         codes = torch.where(largest[..., None] > 0, codes, 0)  # a block of -0 would give codes 8
         return {"codes": pack_interleaved(codes.flatten(1), 4), "scale": scale}, {}
 
-    def decode(
-        self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        x = decode_e2m1(rows["codes"])
-        x.view(x.shape[0], -1, _BLOCK).mul_(self._decoded(rows["scale"])[..., None])
-        return cast(x, dtype)
+    def decode(self, packed: Packed) -> Tensor:
+        x = decode_e2m1(packed.rows["codes"])
+        x.view(x.shape[0], -1, _BLOCK).mul_(self._decoded(packed.rows["scale"])[..., None])
+        return cast(x, packed.dtype)
 
     def row_nbytes(self, head_dim: int) -> int:
         return head_dim // 2 + head_dim // _BLOCK

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvbench.policies.interface import KV, Evictor, Step
-from kvbench.policies.store import Codec, Plain, take_columns
+from kvbench.policies.store import Codec, Counts, Packed, Plain, Where, take_columns
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class QHitter(Evictor):
         batch, heads, width, _ = kv.keys.shape
         old = kv.columns.get("quant_error", torch.zeros(batch, heads, width, device=kv.keys.tail.device))
         new = step.is_new(kv).expand(batch, heads, width)
-        alone = Plain(torch.float32) if self.bits == 16 else MinMax(self.bits)
+        alone: Codec = Plain(torch.float32) if self.bits == 16 else MinMax(self.bits)
         keys, values = kv.decode()
-        for_keys, for_values = (alone, alone) if step.quantizer is None else step.quantizer.codecs()
+        for_keys, for_values = (alone, alone) if step.quantizer is None else step.quantizer.codecs(step)
         error = _error(keys, for_keys, kv, new) + _error(values, for_values, kv, new)
         return kv.with_columns(quant_error=torch.where(new, error, old))
 
@@ -92,28 +92,37 @@ class MinMax:
 
     bits: int
     group: ClassVar[int] = 1
+    first: ClassVar[None] = None
 
-    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         low, high = x.float().aminmax(dim=-1, keepdim=True)
         scale = (high - low) / (2**self.bits - 1)
         codes = torch.where(scale > 0, (x - low) / scale, 0).round()
         return {"codes": codes, "scale": scale, "zero": low}, {}
 
-    def decode(
-        self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        return rows["codes"] * rows["scale"] + rows["zero"]
+    def decode(self, packed: Packed) -> Tensor:
+        return packed.rows["codes"] * packed.rows["scale"] + packed.rows["zero"]
+
+    def row_nbytes(self, head_dim: int) -> int:
+        return 4 * head_dim + 8
+
+    def group_nbytes(self, head_dim: int) -> int:
+        return 0
 
 
-def _error(x: Tensor, codec: Codec | MinMax, kv: KV, new: Tensor) -> Tensor:
+def _error(x: Tensor, codec: Codec | None, kv: KV, new: Tensor) -> Tensor:
     """[B, H, S] float32: L2 distance of x [B, H, S, D] from its decoded codes at the slots `new`, 0 elsewhere."""
+    if codec is None:
+        return torch.zeros(x.shape[:3], device=x.device)
     length, came = kv.counts.per_head[..., None], new.sum(-1, keepdim=True)  # [B, H, 1]; the new ones are the last
     first = length - came + torch.arange(0, max(1, int(came.max())), codec.group, device=x.device)  # [B, H, groups]
     start = torch.minimum(first, length - codec.group).clamp(min=0)
     index = start[..., None] + torch.arange(codec.group, device=x.device)
     index = torch.minimum(index, length[..., None] - 1).clamp(min=0)  # [B, H, groups, group]
     rows = take_columns(x, index.flatten(2)).masked_fill(length[..., None] == 0, 0).flatten(0, 2)
-    lost = codec.decode(*codec.encode(rows), None, x.dtype).float() - rows.float()
+    lists = Counts.of(torch.full(index.shape[:2], index[0, 0].numel(), device=x.device))
+    at = take_columns(kv.position.expand(*x.shape[:2], -1), index.flatten(2)).flatten()
+    lost = Packed.encode(codec, rows, lists, at).dense_rows().float() - rows.float()
     # Each slot takes the error it has in its own group, not in a later one that borrows it.
     target = torch.where(index >= first[..., None], index, x.shape[2]).flatten(2)
     error = x.new_zeros(*x.shape[:2], x.shape[2] + 1, dtype=torch.float32)

@@ -154,5 +154,5 @@ def progress(kv: KV, name: str) -> dict[str, Tensor]:
 
 
 def _packed(kv: KV) -> Tensor:
-    body = None if kv.keys.is_flat else kv.keys.body
-    return torch.zeros_like(kv.counts.per_head) if body is None else body.counts.per_head
+    first, end = kv.keys.packed
+    return torch.zeros_like(first) if kv.keys.is_flat else end - first

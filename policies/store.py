@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -115,10 +115,10 @@ def interleaved(pairs: Iterable[tuple[Tensor, Tensor]], old: Counts, new: Counts
 
 
 def take_columns(padded: Tensor, index: Tensor) -> Tensor:
-    """[B, H, S, ...] and index [B, H, K] (-1 = dead) -> [B, H, K, ...]; dead columns hold any finite value."""
+    """[B, H, S, ...] and index [B, H, K] -> [B, H, K, ...]; -1 and indices past the end give any finite value."""
     batch, heads, columns = padded.shape[:3]
     first = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * columns
-    rows = (index.clamp(min=0) + first).flatten()
+    rows = (index.clamp(0, max(columns - 1, 0)) + first).flatten()
     return padded.flatten(0, 2).index_select(0, rows).view(*index.shape, *padded.shape[3:])
 
 
@@ -160,20 +160,45 @@ def owned(x: Tensor) -> Tensor:
     return x if alone else x.clone(memory_format=torch.contiguous_format)
 
 
+@dataclass(frozen=True, eq=False)
+class Where:
+    """Which head each flat row of the lists `counts` belongs to, and which token: `at` [N] int, None if not known."""
+
+    counts: Counts
+    at: Tensor | None = None
+
+    @property
+    def head(self) -> Tensor:
+        """[N] int64."""
+        return self.counts.owners()[0] % self.counts.shape[1]
+
+    @property
+    def position(self) -> Tensor:
+        """[N] int64: original position of each row's token."""
+        if self.at is None:
+            raise ValueError("this format needs to know the positions of its tokens; give them to Packed.encode")
+        return self.at.long()
+
+
 class Codec(Protocol):
-    """A numeric format on flat rows. `group` consecutive rows share the `groups` entries (1: no sharing)."""
+    """A numeric format on flat rows. `group` consecutive rows share the `groups` entries (1: no sharing).
+
+    first: None, or this format depends on positions, and a list that lost nothing begins with the token of this
+    position (those before it are sinks).
+    """
 
     @property
     def group(self) -> int: ...
 
-    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    @property
+    def first(self) -> int | None: ...
+
+    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """x [N, D] (N divisible by `group`) -> per-row tensors [N, ...] and per-group tensors [N / group, ...]."""
         ...
 
-    def decode(
-        self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        """-> [N, D]. `group_of` [N] names each row's group; None: row i belongs to group i // group."""
+    def decode(self, packed: Packed) -> Tensor:
+        """The rows [N, D] of `packed` in its dtype."""
         ...
 
     def row_nbytes(self, head_dim: int) -> int:
@@ -190,15 +215,14 @@ class Plain:
     """The codec that changes nothing: rows as they are, but flat, without memory for dead ones."""
 
     dtype: torch.dtype
-    group: int = 1
+    group: ClassVar[int] = 1
+    first: ClassVar[None] = None
 
-    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return {"plain": x}, {}
 
-    def decode(
-        self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        return rows["plain"].to(dtype)
+    def decode(self, packed: Packed) -> Tensor:
+        return packed.rows["plain"].to(packed.dtype)
 
     def row_nbytes(self, head_dim: int) -> int:
         return head_dim * self.dtype.itemsize
@@ -209,7 +233,11 @@ class Plain:
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows held in a codec's format, flat over all (batch, head) lists."""
+    """Rows held in a codec's format, flat over all (batch, head) lists.
+
+    group_of [N]: each row's group; None: row i belongs to group i // group. at [N]: each row's position, where the
+    codec asks for it; None: those of a list are consecutive from `codec.first` on.
+    """
 
     codec: Codec
     counts: Counts
@@ -217,17 +245,33 @@ class Packed:
     groups: dict[str, Tensor]
     group_of: Tensor | None
     dtype: torch.dtype
+    at: Tensor | None = None
 
     @classmethod
-    def encode(cls, codec: Codec, x: Tensor, counts: Counts) -> Packed:
-        """x [N, D] flat rows of the lists `counts` (each a multiple of `codec.group`)."""
+    def encode(cls, codec: Codec, x: Tensor, counts: Counts, at: Tensor | None = None) -> Packed:
+        """x [N, D] flat rows of the lists `counts` (each a multiple of `codec.group`), of tokens at [N]."""
         if x.numel() and not all(bound.isfinite() for bound in x.aminmax()):  # nan passes through, far faster than all
             raise ValueError("cannot quantize keys or values with inf or nan; check the model's dtype for overflow")
-        return cls(codec, counts, *codec.encode(x), None, x.dtype)
+        rows, groups = codec.encode(x, Where(counts, at))
+        return cls(codec, counts, rows, groups, None, x.dtype, _implied(at, counts, codec))
+
+    @property
+    def where(self) -> Where:
+        return Where(self.counts, self.positions())
+
+    def positions(self) -> Tensor | None:
+        """[N] int64 if the codec asks for positions."""
+        if self.codec.first is None or self.at is not None:
+            return self.at
+        return self.counts.owners()[1] + self.codec.first
+
+    def group_rows(self, name: str) -> Tensor:
+        """[N, ...]: the per-group tensor `name`, one entry per row."""
+        return self.groups[name].index_select(0, self._explicit())
 
     def dense_rows(self) -> Tensor:
         """[N, D] in the dtype that was encoded."""
-        return self.codec.decode(self.rows, self.groups, self.group_of, self.dtype)
+        return self.codec.decode(self)
 
     def extend(self, other: Packed) -> Packed:
         """Appends each list of `other` to the same list here; codes and scales are copied, never recomputed."""
@@ -235,19 +279,24 @@ class Packed:
             raise ValueError(
                 f"slots packed as {self.codec} cannot take slots packed as {other.codec}; use one quantizer"
             )
-        pairs = [(v, other.rows[k]) for k, v in self.rows.items()]
         counts = self.counts.plus(other.counts)
-        if self.group_of is None and other.group_of is None:
-            rows = dict(zip(self.rows, interleaved(pairs, self.counts, other.counts), strict=True))
-            mine, theirs = self.counts.groups(self.codec.group), other.counts.groups(self.codec.group)
-            shared = [(v, other.groups[k]) for k, v in self.groups.items()]
-            groups = dict(zip(self.groups, interleaved(shared, mine, theirs), strict=True))
-            return replace(self, counts=counts, rows=rows, groups=groups)
-        pairs.append((self._explicit(), other._explicit() + self._group_total()))
-        *moved, group_of = interleaved(pairs, self.counts, other.counts)
-        rows = dict(zip(self.rows, moved, strict=True))
-        groups = {k: torch.cat([v, other.groups[k]]) for k, v in self.groups.items()}
-        return replace(self, counts=counts, rows=rows, groups=groups, group_of=_narrow(group_of))
+        pairs = [(v, other.rows[k]) for k, v in self.rows.items()]
+        whole = self.group_of is None and other.group_of is None
+        if not whole:
+            pairs.append((self._explicit(), other._explicit() + self._group_total()))
+        mine, theirs = self.positions(), other.positions()
+        if mine is not None and theirs is not None:
+            pairs.append((mine.long(), theirs.long()))
+        moved = interleaved(pairs, self.counts, other.counts)
+        at = None if mine is None else _implied(moved.pop(), counts, self.codec)
+        group_of = None if whole else _narrow(moved.pop())
+        if whole:
+            sizes = self.counts.groups(self.codec.group), other.counts.groups(self.codec.group)
+            shared = interleaved([(v, other.groups[k]) for k, v in self.groups.items()], *sizes)
+        else:
+            shared = [torch.cat([v, other.groups[k]]) for k, v in self.groups.items()]
+        rows, groups = dict(zip(self.rows, moved, strict=True)), dict(zip(self.groups, shared, strict=True))
+        return replace(self, counts=counts, rows=rows, groups=groups, group_of=group_of, at=at)
 
     def pick(self, flat: Tensor, counts: Counts) -> Packed:
         """Keeps the rows `flat` [M] (flat indices), which then form the lists `counts`.
@@ -256,37 +305,45 @@ class Packed:
         one member does, and the rows then carry a group reference, which is counted.
         """
         rows = {k: v.index_select(0, flat) for k, v in self.rows.items()}
+        at = self.positions()
+        picked = replace(
+            self, counts=counts, rows=rows, at=None if at is None else _implied(at[flat], counts, self.codec)
+        )
         if not self.groups:
-            return replace(self, counts=counts, rows=rows)
+            return picked
         used, group_of = self._explicit()[flat].unique(return_inverse=True)
         groups = {k: v[used] for k, v in self.groups.items()}
-        return replace(self, counts=counts, rows=rows, groups=groups, group_of=_narrow(group_of))
+        return replace(picked, groups=groups, group_of=_narrow(group_of))
 
     def select(self, batch: Tensor) -> Packed:
         """Rows of the batch, in the given order, with repetition."""
         counts = self.counts.select(batch)
         rows = {k: _select(v, self.counts, batch) for k, v in self.rows.items()}
+        taken = replace(
+            self, counts=counts, rows=rows, at=None if self.at is None else _select(self.at, self.counts, batch)
+        )
         if not self.groups:
-            return replace(self, counts=counts, rows=rows)
+            return taken
         if self.group_of is None:
             lists = self.counts.groups(self.codec.group)
-            groups = {k: _select(v, lists, batch) for k, v in self.groups.items()}
-            return replace(self, counts=counts, rows=rows, groups=groups)
+            return replace(taken, groups={k: _select(v, lists, batch) for k, v in self.groups.items()})
         used, group_of = _select(self.group_of, self.counts, batch).unique(return_inverse=True)
         groups = {k: v[used.long()] for k, v in self.groups.items()}
-        return replace(self, counts=counts, rows=rows, groups=groups, group_of=_narrow(group_of))
+        return replace(taken, groups=groups, group_of=_narrow(group_of))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.rows.items()
         yield from self.groups.items()
         if self.group_of is not None:
             yield "group_of", self.group_of
+        if self.at is not None:
+            yield "at", self.at
 
     def row_nbytes(self) -> Tensor:
         """[B] int64: bytes of the rows, and of the groups they refer to, of each batch row."""
         slots = self.counts.per_head.sum(1)
-        references = {} if self.group_of is None else {"group_of": self.group_of}
-        total = slots * sum(_entry_nbytes(t) for t in (*self.rows.values(), *references.values()))
+        references = [x for x in (self.group_of, self.at) if x is not None]
+        total = slots * sum(_entry_nbytes(t) for t in (*self.rows.values(), *references))
         if not self.groups:
             return total
         if self.group_of is None:
@@ -312,6 +369,13 @@ def _narrow(group_of: Tensor) -> Tensor:
     return group_of.to(torch.int16 if largest < 2**15 else torch.int32)
 
 
+def _implied(at: Tensor | None, counts: Counts, codec: Codec) -> Tensor | None:
+    """Positions [N] as they are stored: not at all if they follow from `codec.first`."""
+    if at is None or codec.first is None or torch.equal(at.long(), counts.owners()[1] + codec.first):
+        return None
+    return at.int()
+
+
 def _entry_nbytes(flat: Tensor) -> int:
     """Bytes of one entry of [N, ...]."""
     return flat[0].numel() * flat.element_size() if len(flat) else 0
@@ -323,11 +387,16 @@ def _select(flat: Tensor, counts: Counts, batch: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Held:
-    """Keys or values of one layer: `body` (packed, older) then `tail` [B, H, capacity, D] (full precision, newer)."""
+    """Keys or values of one layer: sinks (full precision), `body` (packed), recent slots (full precision), in order.
+
+    tail [B, H, capacity, D] holds both what is full precision: the sinks of each list, then its recent slots.
+    tail_counts: how many these are together; sinks: how many of them come before the body (None: none).
+    """
 
     tail: Tensor
     tail_counts: Counts
     body: Packed | None = None
+    sinks: Counts | None = None
     counts: Counts = field(init=False)
 
     def __post_init__(self) -> None:
@@ -348,54 +417,96 @@ class Held:
     def dtype(self) -> torch.dtype:
         return self.tail.dtype
 
+    @property
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """[B, H] int64: first slot of the body in each list, and the slot after its last."""
+        none = torch.zeros(self.counts.shape, dtype=torch.int64, device=self.tail.device)
+        first = none if self.sinks is None else self.sinks.per_head
+        return first, first + (none if self.body is None else self.body.counts.per_head)
+
     def dense(self) -> Tensor:
         """[B, H, S, D] in the model's dtype, left-aligned; dead columns hold any finite value."""
         if self.body is None:
             return self.tail[:, :, : self.tail_counts.width]
         rows, packed, capacity = self.body.dense_rows(), self.body.counts, self.tail.shape[2]
-        if packed.even is not None and self.tail_counts.even is not None:
-            return torch.cat([unflatten(rows, packed), self.tail[:, :, : self.tail_counts.even]], dim=2)
+        sinks = 0 if self.sinks is None else self.sinks.even
+        if packed.even is not None and self.tail_counts.even is not None and sinks is not None:
+            before, after = self.tail[:, :, :sinks], self.tail[:, :, sinks : self.tail_counts.even]
+            return torch.cat([before, unflatten(rows, packed), after], dim=2)
         column = torch.arange(self.counts.width, device=rows.device)
-        after = column - packed.per_head.flatten()[:, None]
-        owner = torch.arange(len(after), device=rows.device)[:, None]
-        in_tail = packed.total + owner * capacity + after
+        first, end = (x.flatten()[:, None] for x in self.packed)
+        owner = torch.arange(len(first), device=rows.device)[:, None]
+        in_tail = packed.total + owner * capacity + torch.where(column < first, column, column - (end - first))
+        in_body = packed.starts()[:, None] + column - first
         both = torch.cat([rows, self.tail.flatten(0, 2)])
-        source = torch.where(after < 0, packed.starts()[:, None] + column, in_tail).clamp(max=len(both) - 1)
+        source = torch.where((column < first) | (column >= end), in_tail, in_body).clamp(max=len(both) - 1)
         return both.index_select(0, source.flatten()).view(self.shape)
 
     def append(self, x: Tensor, valid: Tensor | None = None) -> Held:
         """x [B, H, T, D] joins the tail; `valid` [B, T] marks real tokens (None: all)."""
         tail, counts = append_columns(self.tail, self.tail_counts, x, valid, spare=True)
-        return Held(tail, counts, self.body)
+        return replace(self, tail=tail, tail_counts=counts)
 
     def gather(self, index: Tensor, counts: Counts) -> Held:
         """Keeps the slots `index` [B, H, K], ascending, -1 after the last; `counts` says how many each list keeps."""
         index = index.expand(*self.tail.shape[:2], -1)
         if self.body is None:
             return Held(take_columns(self.tail, index), counts)
-        in_body = (index >= 0) & (index < self.body.counts.per_head[..., None])
+        first, end = (x[..., None] for x in self.packed)
+        in_body = (index >= first) & (index < end)
         body_counts = Counts.of(in_body.sum(-1))
         starts = self.body.counts.starts().view(*index.shape[:2], 1)
-        body = self.body.pick((index + starts)[in_body], body_counts)
-        # What follows the body's share of `index`, moved to the left edge, are the tail's slots.
+        body = self.body.pick((index - first + starts)[in_body], body_counts)
+        # The others, moved to the left over the body's share of `index`, are the tail's slots.
+        sinks = ((index >= 0) & (index < first)).sum(-1, keepdim=True)
         left = counts.per_head - body_counts.per_head
         column = torch.arange(int(left.max()), device=index.device).expand(*index.shape[:2], -1)
-        column = (column + body_counts.per_head[..., None]).clamp(max=index.shape[-1] - 1)
-        tail_index = index.gather(2, column) - self.body.counts.per_head[..., None]
-        return Held(take_columns(self.tail, tail_index), Counts.of(left), body if body_counts.total else None)
+        column = torch.where(column < sinks, column, column + body_counts.per_head[..., None])
+        kept = index.gather(2, column.clamp(max=max(index.shape[-1] - 1, 0)))
+        tail = take_columns(self.tail, torch.where(kept < first, kept, kept - (end - first)))
+        if not body_counts.total:
+            return Held(tail, Counts.of(left))
+        return Held(tail, Counts.of(left), body, None if self.sinks is None else Counts.of(sinks[..., 0]))
 
-    def pack(self, codec: Codec, amount: Tensor) -> Held:
-        """Encodes the oldest `amount` [B, H] `unpacked` slots by `codec` and appends them to the body."""
+    def pack(self, codec: Codec, amount: Tensor, sinks: Tensor | None = None, position: Tensor | None = None) -> Held:
+        """Encodes by `codec` the oldest `amount` [B, H] `unpacked` slots after the `sinks` [B, H] first ones.
+
+        sinks must be what is held before a list's body, if it has one. position [B, H, S] of all slots, for codecs
+        that ask for it.
+        """
         moved = Counts.of(amount)
         if moved.total == 0:
             return self
         if self.is_flat:
-            return self.rectangular().pack(codec, amount)
-        packed = Packed.encode(codec, flatten(self.tail, moved), moved)
+            return self.rectangular().pack(codec, amount, sinks, position)
+        before = torch.zeros_like(amount) if sinks is None else sinks
+        column = torch.arange(moved.width, device=amount.device)
+        at = None
+        if codec.first is not None and position is not None:
+            slot = torch.where(self._empty_body, before, self.packed[1])[..., None] + column
+            at = flatten(take_columns(position.expand(*self.counts.shape, -1), slot), moved)
+        packed = Packed.encode(codec, flatten(take_columns(self.tail, before[..., None] + column), moved), moved, at)
         left = Counts.of(self.tail_counts.per_head - amount)
-        column = torch.arange(left.width, device=amount.device) + amount[..., None]
-        tail = take_columns(self.tail, column.clamp(max=max(self.tail.shape[2] - 1, 0)))
-        return Held(tail, left, packed if self.body is None else self.body.extend(packed))
+        column = torch.arange(left.width, device=amount.device)
+        column = torch.where(column < before[..., None], column, column + amount[..., None])
+        body = packed if self.body is None else self.body.extend(packed)
+        return Held(take_columns(self.tail, column), left, body, None if sinks is None else Counts.of(sinks))
+
+    def first_tokens(self, amount: int, position: Tensor) -> Tensor | None:
+        """[B, H] int64: how many slots to keep before the body as sinks, which are tokens before position `amount`.
+
+        position [B, H or 1, S]. None: no sinks are asked for.
+        """
+        if not amount:
+            return None
+        first = ((position >= 0) & (position < amount)).sum(-1).expand(self.counts.shape)
+        return first if self.body is None or self.is_flat else torch.where(self._empty_body, first, self.packed[0])
+
+    @property
+    def _empty_body(self) -> Tensor:
+        """[B, H] bool: lists of which nothing is packed yet."""
+        first, end = self.packed
+        return first == end
 
     @property
     def is_flat(self) -> bool:
@@ -424,11 +535,12 @@ class Held:
     def select(self, batch: Tensor) -> Held:
         """Rows of the batch, in the given order, with repetition (beam search)."""
         body = None if self.body is None else self.body.select(batch)
-        return Held(self.tail[batch], self.tail_counts.select(batch), body)
+        sinks = None if self.sinks is None else self.sinks.select(batch)
+        return Held(self.tail[batch], self.tail_counts.select(batch), body, sinks)
 
     def sealed(self) -> Held:
         """The same slots without spare capacity, so that two holders can append without seeing each other."""
-        return Held(self.tail[:, :, : self.tail_counts.width], self.tail_counts, self.body)
+        return replace(self, tail=self.tail[:, :, : self.tail_counts.width])
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         if self.body is not None:

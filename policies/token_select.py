@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvbench.policies.interface import KV, Quantizer, Selection, Selector, Step
+from kvbench.policies.interface import KV, Quantizer, Selection, Selector, Side, Step
 from kvbench.policies.quest import top
 
 
@@ -70,9 +70,8 @@ class TokenSelect(Selector):
         quantizer = next((p for p in step.stack if isinstance(p, Quantizer)), None)
         keys = step.prompt * (dim * itemsize)
         if quantizer is not None:
-            codec, packed = quantizer.codecs()[0], quantizer.flush(step.prompt)[0]
-            keys = packed * codec.row_nbytes(dim) + packed // codec.group * codec.group_nbytes(dim)
-            keys = keys + (step.prompt - packed) * (dim * itemsize)
+            keys = (quantizer.keys & Side(None, 1)).slot_nbytes(step.prompt, 1, dim, itemsize, step)
+            keys = keys - step.prompt * (dim * itemsize)  # the values, which are not looked at
         return keys
 
     def __call__(self, kv: KV, step: Step) -> KV:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kvbench import CompressedCache
-from kvbench.cache import rotate
+from kvbench.kernels.rotation import rotate
 from kvbench.policies import NVFP4, StreamingLLM
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.cache import rotate
+from kvbench.kernels.rotation import rotate
 from kvbench.policies import KV, ExpectedAttention, Step
 from kvbench.policies.interface import Moments
 

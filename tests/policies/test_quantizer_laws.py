@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvbench.policies import FP8, KIVI, KV, NVFP4, Full, Quantizer, Step
-from kvbench.policies.store import Counts, Packed
+from kvbench.policies import FP8, KIVI, KV, NVFP4, Full, Mixed, Quantizer, Step
+from kvbench.policies.store import Counts, Packed, Where
 
 SMALL = [
     KIVI(2, 8, 16),
@@ -21,6 +21,10 @@ SMALL = [
     NVFP4(0.01, 0.02),
     FP8(),
     FP8(0.5, 0.25),
+    KIVI(2, 8, 16, sinks=5),
+    FP8(sinks=3),
+    KIVI(2, 8, 0, sinks=2).keys & FP8(sinks=4).values,
+    Mixed(None, NVFP4()),
 ]
 every = pytest.mark.parametrize("policy", SMALL, ids=str)
 
@@ -135,9 +139,9 @@ def test_head_dims(policy: Quantizer, head_dim: int) -> None:
 @every
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_nan_and_inf_are_refused(policy: Quantizer, bad: float) -> None:
-    for side in (0, 1):
+    for side in (i for i, codec in enumerate(policy.codecs()) if codec is not None):
         x = [torch.zeros(1, 2, 32, 16), torch.zeros(1, 2, 32, 16)]
-        x[side][0, 1, 3, 5] = bad
+        x[side][0, 1, 8, 5] = bad
         with pytest.raises(ValueError, match="cannot quantize keys or values with inf or nan"):
             policy.encode(*x)
 
@@ -161,7 +165,8 @@ def test_two_formats_in_one_cache_are_refused(policy: Quantizer) -> None:
     other = KIVI(2, 16, 0) if isinstance(policy, FP8) else FP8(3.0)
     kv = policy.encode(*pair(1, 2, 32, 16))
     more = kv.append(*pair(1, 2, 32, 16))
-    with pytest.raises(ValueError, match=f"slots packed as .*{type(policy.codecs()[0]).__name__}.* cannot take slots"):
+    codec = next(codec for codec in policy.codecs() if codec is not None)
+    with pytest.raises(ValueError, match=f"slots packed as .*{type(codec).__name__}.* cannot take slots"):
         other(more, step(more))
 
 
@@ -202,8 +207,9 @@ def test_gather_keeps_codes_and_never_encodes_again(
                 live = [x[:n] for x, n in zip(after.dense().flatten(0, 1), kept.counts.per_head.flatten(), strict=True)]
                 assert all(torch.equal(a, b) for a, b in zip(live, expected, strict=True))
                 if before.body is not None and after.body is not None:
-                    counts = before.body.counts.per_head[..., None]
-                    chosen = (before.body.counts.starts().view(2, 2, 1) + index)[(index >= 0) & (index < counts)]
+                    first, end = (x[..., None] for x in before.packed)
+                    starts = before.body.counts.starts().view(2, 2, 1)
+                    chosen = (starts + index - first)[(index >= first) & (index < end)]
                     for name, tensor in before.body.rows.items():
                         assert torch.equal(after.body.rows[name], tensor[chosen])
             kv = kept
@@ -214,8 +220,7 @@ def test_slots_packed_after_a_gather_join_those_packed_before(policy: Quantizer)
     keys, values = pair(2, 2, 90, 16)
     kv = policy.encode(keys[:, :, :40], values[:, :, :40])
     kv = kv.gather(kept_at_random(kv.counts.per_head, 40, ragged=True))
-    none = torch.zeros(2, 2, dtype=torch.int64)
-    before = [(held.body.counts.per_head if held.body else none, held.dense()) for held in (kv.keys, kv.values)]
+    before = [(held.packed[1], held.dense()) for held in (kv.keys, kv.values)]
     counts = kv.counts.per_head
     grown = kv.append(keys[:, :, 40:], values[:, :, 40:], seen=torch.tensor([40, 40]))
     grown = policy(grown, step(grown))
@@ -226,8 +231,7 @@ def test_slots_packed_after_a_gather_join_those_packed_before(policy: Quantizer)
             for h in range(2):
                 n, old = int(packed[b, h]), int(counts[b, h])
                 assert torch.equal(after[b, h, :n], dense[b, h, :n])  # what was packed is untouched
-                tail = int(held.tail_counts.per_head[b, h])
-                newest = min(tail, 50)
+                newest = min(int(held.counts.per_head[b, h] - held.packed[1][b, h]), 50)
                 assert torch.equal(after[b, h, old + 50 - newest : old + 50], new[b, h, 90 - newest :])
 
 
@@ -241,6 +245,28 @@ def test_gathering_everything_away_and_starting_again(policy: Quantizer) -> None
     kv = kv.append(keys, values, seen=torch.tensor([33]))
     kv = policy(kv, step(kv))
     assert kv.counts.even == 34 and torch.isfinite(kv.keys.dense()).all()
+
+
+def test_sinks_stay_exact_and_two_sides_keep_their_own() -> None:
+    keys, values = pair(2, 2, 40, 16)
+    kv = (KIVI(2, 8, 16, sinks=5).keys & FP8(sinks=3).values).encode(keys, values)
+    assert torch.equal(kv.keys.dense()[:, :, :5], keys[:, :, :5]) and not torch.equal(kv.keys.dense(), keys)
+    assert torch.equal(kv.values.dense()[:, :, :3], values[:, :, :3])
+    packed_keys = KIVI(2, 8, 16).encode(keys[:, :, 5:], values[:, :, 5:]).keys
+    packed_values = FP8().encode(keys[:, :, 3:], values[:, :, 3:]).values
+    assert torch.equal(kv.keys.dense()[:, :, 5:], packed_keys.dense())
+    assert torch.equal(kv.values.dense()[:, :, 3:], packed_values.dense())
+    kept = kv.gather(torch.tensor([[[2, 20], [30, 39]]]).expand(2, -1, -1))  # sinks may be evicted, too
+    assert kept.keys.packed[0].tolist() == [[1, 0]] * 2 and torch.equal(kept.keys.dense()[:, 0, 0], keys[:, 0, 2])
+    half = Mixed(None, FP8()).encode(keys, values)
+    assert torch.equal(half.keys.dense(), keys) and half.keys.body is None
+    assert half.nbytes == keys.nbytes + values.numel()
+    for wrong in (lambda: FP8().keys & NVFP4().keys, lambda: FP8().keys & FP8()):
+        with pytest.raises(TypeError, match="takes one side of keys and one of values"):
+            wrong()
+    for policy in (lambda: FP8(sinks=-1), lambda: KIVI(sinks=2.0)):
+        with pytest.raises(ValueError, match="sinks must be an int of 0 or more tokens"):
+            policy()
 
 
 def test_orphan_scales_live_as_long_as_one_member_and_are_counted() -> None:
@@ -325,7 +351,10 @@ def test_ragged_rows_hold_only_their_own_bytes() -> None:
 def test_codecs_state_their_bytes_and_share_by_value(policy: Quantizer) -> None:
     for mine, again in zip(policy.codecs(), replace(policy).codecs(), strict=True):
         assert mine == again and hash(mine) == hash(again)
-        rows, groups = mine.encode(torch.randn(2 * mine.group, 32))
+        if mine is None:
+            continue
+        counts = Counts((1, 1), torch.device("cpu"), 2 * mine.group)
+        rows, groups = mine.encode(torch.randn(2 * mine.group, 32), Where(counts, torch.arange(2 * mine.group)))
         assert sum(t[0].numel() * t.element_size() for t in rows.values()) == mine.row_nbytes(32)
         assert sum(t[0].numel() * t.element_size() for t in groups.values()) == mine.group_nbytes(32)
         assert all(len(t) == 2 * mine.group for t in rows.values()) and all(len(t) == 2 for t in groups.values())
@@ -336,8 +365,11 @@ def test_codecs_state_their_bytes_and_share_by_value(policy: Quantizer) -> None:
 @every
 def test_rows_permuted_with_their_group_references_decode_permuted(policy: Quantizer) -> None:
     for codec in policy.codecs():
+        if codec is None:
+            continue
         total = 4 * codec.group
-        packed = Packed.encode(codec, torch.randn(total, 32), Counts((1, 1), torch.device("cpu"), total))
+        at = torch.arange(total)
+        packed = Packed.encode(codec, torch.randn(total, 32), Counts((1, 1), torch.device("cpu"), total), at)
         order = torch.randperm(total)
         assert torch.equal(packed.pick(order, packed.counts).dense_rows(), packed.dense_rows()[order])
 
