@@ -714,13 +714,18 @@ class Quantizer(Policy):
     New tokens always arrive in the full-precision tail and are attended there first; this policy runs after attention.
 
     sinks: so many first tokens stay in full precision. `q.keys & r.values` takes keys as `q` does and values as `r`.
+    compact: where tokens share scales, lists whose groups have lost more than 1 - compact of their tokens to eviction
+    are encoded once more in whole groups; 0: never, a scale then lives as long as one of its tokens.
     """
 
     sinks: int = field(default=0, kw_only=True)
+    compact: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
             raise ValueError(f"{type(self).__name__}: sinks must be an int of 0 or more tokens, got {self.sinks!r}")
+        if isinstance(self.compact, bool) or not isinstance(self.compact, (int, float)) or not 0 <= self.compact <= 1:
+            raise ValueError(f"{type(self).__name__}: compact must be a share from 0 to 1, got {self.compact!r}")
 
     @abstractmethod
     def codecs(self, step: Step | None = None) -> tuple[Codec | None, Codec | None]:
@@ -734,6 +739,11 @@ class Quantizer(Policy):
     def keeps(self) -> tuple[int, int]:
         """First tokens that stay in full precision: (keys, values)."""
         return self.sinks, self.sinks
+
+    @property
+    def compacts(self) -> tuple[float, float]:
+        """`compact` of (keys, values)."""
+        return self.compact, self.compact
 
     @property
     def keys(self) -> Side:
@@ -752,6 +762,8 @@ class Quantizer(Policy):
                 sinks = held.first_tokens(keep, position)
                 amount = self.flush(held.unpacked if sinks is None else held.unpacked - sinks)[i]
                 held = held.pack(codec, amount, sinks, position)
+                if self.compacts[i]:
+                    held = held.compact(self.compacts[i])
             sides.append(held)
         return KV(sides[0], sides[1], kv.columns, kv.side)
 
@@ -804,6 +816,7 @@ class Mixed(Quantizer):
     k: Quantizer | None = None
     v: Quantizer | None = None
     sinks: int = field(init=False, default=0, repr=False)
+    compact: float = field(init=False, default=0.0, repr=False)
 
     def __post_init__(self) -> None:
         for name, part in (("k", self.k), ("v", self.v)):
@@ -821,6 +834,11 @@ class Mixed(Quantizer):
     @property
     def keeps(self) -> tuple[int, int]:
         sides = [0 if part is None else part.keeps[i] for i, part in enumerate(self._parts)]
+        return sides[0], sides[1]
+
+    @property
+    def compacts(self) -> tuple[float, float]:
+        sides = [0.0 if part is None else part.compacts[i] for i, part in enumerate(self._parts)]
         return sides[0], sides[1]
 
     def check(self, head_dim: int) -> None:

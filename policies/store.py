@@ -10,6 +10,7 @@ The body is *flat* (no dead rows at all), so a ragged cache really frees its byt
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +18,8 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+_log = logging.getLogger("kvbench")
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,7 +239,8 @@ class Packed:
     """Rows held in a codec's format, flat over all (batch, head) lists.
 
     group_of [N]: each row's group; None: row i belongs to group i // group. at [N]: each row's position, where the
-    codec asks for it; None: those of a list are consecutive from `codec.first` on.
+    codec asks for it; None: those of a list are consecutive from `codec.first` on. closed [groups] bool: which groups
+    `compact` has made; None: none.
     """
 
     codec: Codec
@@ -246,6 +250,7 @@ class Packed:
     group_of: Tensor | None
     dtype: torch.dtype
     at: Tensor | None = None
+    closed: Tensor | None = None
 
     @classmethod
     def encode(cls, codec: Codec, x: Tensor, counts: Counts, at: Tensor | None = None) -> Packed:
@@ -296,7 +301,10 @@ class Packed:
         else:
             shared = [torch.cat([v, other.groups[k]]) for k, v in self.groups.items()]
         rows, groups = dict(zip(self.rows, moved, strict=True)), dict(zip(self.groups, shared, strict=True))
-        return replace(self, counts=counts, rows=rows, groups=groups, group_of=group_of, at=at)
+        closed = None
+        if self.closed is not None or other.closed is not None:
+            closed = torch.cat([self._closed(), other._closed()])
+        return replace(self, counts=counts, rows=rows, groups=groups, group_of=group_of, at=at, closed=closed)
 
     def pick(self, flat: Tensor, counts: Counts) -> Packed:
         """Keeps the rows `flat` [M] (flat indices), which then form the lists `counts`.
@@ -309,11 +317,7 @@ class Packed:
         picked = replace(
             self, counts=counts, rows=rows, at=None if at is None else _implied(at[flat], counts, self.codec)
         )
-        if not self.groups:
-            return picked
-        used, group_of = self._explicit()[flat].unique(return_inverse=True)
-        groups = {k: v[used] for k, v in self.groups.items()}
-        return replace(picked, groups=groups, group_of=_narrow(group_of))
+        return picked._refer(self._explicit()[flat]) if self.groups else picked
 
     def select(self, batch: Tensor) -> Packed:
         """Rows of the batch, in the given order, with repetition."""
@@ -327,9 +331,52 @@ class Packed:
         if self.group_of is None:
             lists = self.counts.groups(self.codec.group)
             return replace(taken, groups={k: _select(v, lists, batch) for k, v in self.groups.items()})
-        used, group_of = _select(self.group_of, self.counts, batch).unique(return_inverse=True)
-        groups = {k: v[used.long()] for k, v in self.groups.items()}
-        return replace(taken, groups=groups, group_of=_narrow(group_of))
+        return taken._refer(_select(self.group_of, self.counts, batch).long())
+
+    def compact(self, below: float) -> Packed:
+        """Encodes rows again in whole groups, in lists whose groups have lost more than 1 - `below` of their rows.
+
+        Costs a second rounding, which is logged, and frees scales. No row is encoded again twice; what does not fill a
+        group stays as it is.
+        """
+        size, lists = self.codec.group, self.counts.shape[0] * self.counts.shape[1]
+        if size == 1 or self.group_of is None or not self.counts.total:
+            return self
+        group_of, closed, (owner, _) = self._explicit(), self._closed(), self.counts.owners()
+        open_row = ~closed[group_of]
+        list_of_group = owner.new_zeros(len(closed)).scatter(0, group_of, owner)
+        rows = owner[open_row].bincount(minlength=lists)
+        room = list_of_group[~closed].bincount(minlength=lists) * size
+        whole = torch.where(rows < below * room, rows // size * size, 0)
+        rank = open_row.cumsum(0) - 1 - (rows.cumsum(0) - rows)[owner]
+        chosen = (open_row & (rank < whole[owner])).nonzero()[:, 0]
+        if not len(chosen):
+            return self
+        before = self.pick(chosen, Counts.of(whole.view(self.counts.shape)))
+        x = before.dense_rows()
+        again = Packed.encode(self.codec, x, before.counts, before.positions())
+        lost = (again.dense_rows().float() - x.float()).norm() / x.float().norm()
+        freed = before._group_total() - again._group_total()
+        _log.info("compacted %d rows, %d groups freed, relative error %.3g", len(chosen), freed, lost)
+        return replace(
+            self,
+            rows={k: v.index_copy(0, chosen, again.rows[k]) for k, v in self.rows.items()},
+            groups={k: torch.cat([v, again.groups[k]]) for k, v in self.groups.items()},
+            closed=torch.cat([closed, torch.ones_like(closed[: again._group_total()])]),
+        )._refer(group_of.index_copy(0, chosen, len(closed) + torch.arange(len(chosen), device=x.device) // size))
+
+    def _refer(self, group_of: Tensor) -> Packed:
+        """Rows refer to the groups group_of [N]; those to which none refers are dropped."""
+        used, group_of = group_of.unique(return_inverse=True)
+        groups = {k: v[used] for k, v in self.groups.items()}
+        closed = None if self.closed is None else self.closed[used]
+        return replace(self, groups=groups, group_of=_narrow(group_of), closed=closed)
+
+    def _closed(self) -> Tensor:
+        """[groups] bool."""
+        if self.closed is not None:
+            return self.closed
+        return torch.zeros(self._group_total(), dtype=torch.bool, device=self.counts.device)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.rows.items()
@@ -338,6 +385,8 @@ class Packed:
             yield "group_of", self.group_of
         if self.at is not None:
             yield "at", self.at
+        if self.closed is not None:
+            yield "closed", self.closed
 
     def row_nbytes(self) -> Tensor:
         """[B] int64: bytes of the rows, and of the groups they refer to, of each batch row."""
@@ -352,7 +401,8 @@ class Packed:
             used = torch.stack(
                 [part.unique().numel() * slots.new_ones(()) for part in self.group_of.split(slots.tolist())]
             )
-        return total + used * sum(_entry_nbytes(t) for t in self.groups.values())
+        shared = [*self.groups.values(), *([] if self.closed is None else [self.closed])]
+        return total + used * sum(_entry_nbytes(t) for t in shared)
 
     def _group_total(self) -> int:
         return next(iter(self.groups.values())).shape[0]
@@ -491,6 +541,10 @@ class Held:
         column = torch.where(column < before[..., None], column, column + amount[..., None])
         body = packed if self.body is None else self.body.extend(packed)
         return Held(take_columns(self.tail, column), left, body, None if sinks is None else Counts.of(sinks))
+
+    def compact(self, below: float) -> Held:
+        """See `Packed.compact`."""
+        return self if self.body is None else replace(self, body=self.body.compact(below))
 
     def first_tokens(self, amount: int, position: Tensor) -> Tensor | None:
         """[B, H] int64: how many slots to keep before the body as sinks, which are tokens before position `amount`.

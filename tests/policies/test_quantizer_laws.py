@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvbench.policies import FP8, KIVI, KV, NVFP4, Full, Mixed, Quantizer, Step
+from kvbench.policies import FP8, KIVI, KV, NVFP4, Full, Mixed, Quantizer, Random, Step
 from kvbench.policies.store import Counts, Packed, Where
 
 SMALL = [
@@ -267,6 +267,59 @@ def test_sinks_stay_exact_and_two_sides_keep_their_own() -> None:
     for policy in (lambda: FP8(sinks=-1), lambda: KIVI(sinks=2.0)):
         with pytest.raises(ValueError, match="sinks must be an int of 0 or more tokens"):
             policy()
+
+
+def fullness(kv: KV) -> float:
+    body = kv.keys.body
+    return body.counts.total / (len(body.groups["scale"]) * body.codec.group)
+
+
+def test_compaction_encodes_sparse_lists_once_more_and_no_row_twice(caplog: pytest.LogCaptureFixture) -> None:
+    keys, values = pair(2, 2, 64, 16)
+    plain, policy = KIVI(2, 8, 0), KIVI(2, 8, 0, compact=0.5)
+    every_third = torch.arange(0, 64, 3).expand(2, 1, -1)
+    kept = plain.encode(keys, values).gather(every_third)
+    assert policy(plain.encode(keys, values), step(kept)).keys.body.closed is None  # full groups are left alone
+    with caplog.at_level("INFO", logger="kvbench"):
+        once = policy(kept, step(kept))
+    assert fullness(kept) < 0.5 < fullness(once) and once.nbytes < kept.nbytes
+    assert "compacted 64 rows" in caplog.text and "relative error" in caplog.text
+    # 22 rows a list: the oldest 16 as if their decoded values had come in that order, the other 6 as they were.
+    old, new = kept.keys.dense(), once.keys.dense()
+    fresh = plain.encode(old[:, :, :16], old[:, :, :16]).keys.dense()
+    assert torch.equal(new[:, :, :16], fresh) and torch.equal(new[:, :, 16:], old[:, :, 16:])
+    assert once.nbytes == sum(t.untyped_storage().nbytes() for _, t in once.tensors())
+    assert once.row_nbytes().sum() == once.nbytes
+    fewer = once.gather(torch.arange(0, 22, 5).expand(2, 1, -1))  # sparse again, but only the 2 rows not yet encoded twice
+    again = policy(fewer, step(fewer))
+    assert torch.equal(again.keys.dense(), fewer.keys.dense())
+    both = once.select(torch.tensor([1, 1]))
+    assert torch.equal(both.keys.dense()[0], new[1]) and policy(both, step(both)).keys.body.closed is not None
+    alone = policy(kept.select(torch.tensor([1])), step(kept.select(torch.tensor([1]))))
+    assert torch.equal(alone.keys.dense()[0], new[1])
+    with pytest.raises(ValueError, match="compact must be a share from 0 to 1, got 2"):
+        KIVI(compact=2)
+
+
+@pytest.mark.parametrize(
+    "policy", [KIVI(2, 8, 0), KIVI(2, 8, 0, compact=0.5), KIVI(4, 8, 16, sinks=4), NVFP4()], ids=str
+)
+def test_two_thousand_steps_of_eviction_keep_the_bytes_bounded(policy: Quantizer) -> None:
+    """Random eviction is the worst case: scales outlive most of the tokens that shared them."""
+    keys, values = pair(1, 2, 2064, 16)
+    stack, budget = Random(64, seed=3) | policy, 64
+    kv, seen = empty(keys), 0
+    most = 0
+    for end in range(64, 2065):
+        kv = kv.append(keys[:, :, seen:end], values[:, :, seen:end], seen=torch.tensor([seen]))
+        seen = end
+        kv = stack(kv, Step(0, torch.tensor([64]), torch.tensor([seen]), seen > 64))
+        most = max(most, kv.nbytes)
+    assert kv.counts.even == budget
+    # At most one group per token, its reference, spare capacity of the tail, positions.
+    codecs = [c for c in policy.codecs() if c is not None]
+    slot = sum(c.row_nbytes(16) + c.group_nbytes(16) + 2 + 1 for c in codecs) + 2 * 16 * 4 + 4
+    assert most <= 2 * slot * (budget + 32)
 
 
 def test_orphan_scales_live_as_long_as_one_member_and_are_counted() -> None:
