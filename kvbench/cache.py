@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from kvbench.kernels.attention import attend, attend_causal, column_sums
+from kvbench.kernels.attention import attend, attend_causal, attend_tiles, column_sums
 from kvbench.kernels.rotation import rotate
 from kvbench.ledger import Part, full_nbytes, ledger, report
 from kvbench.policies.full import Full
@@ -40,6 +40,8 @@ from kvbench.policies.store import Counts, Held, take_columns
 
 NAME = "kvbench"
 _TAG = "_kvbench_layer"
+_FEW = 16  # queries of one forward that attend to packed slots tile by tile; more pay for decoding a layer at once
+_TILE_ROWS = 2**14  # rows decoded at a time: 8 MiB of float32 at head_dim 128
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -143,16 +145,42 @@ class PolicyLayer(CacheLayerMixin):
         plain = first and self.geometry["softcap"] is None and self.geometry["sinks"] is None and selection is None
         if plain:
             out = _attend_prompt(query, keys_new, values_new, valid, self.geometry["scaling"])
-            keys = self.kv.keys.dense() if "attention" in self._cache.needs else keys_new
+            sums = None
         else:
-            keys, values = self.kv.decode()
-            if self._cache.policy.in_cache_positions:
-                keys = self._cache.to_in_cache_positions(self.index, keys, self.kv, self.seen)
-            out = attend(query, keys, values, position, self.kv.position, **self.geometry, **_narrowed(selection))
-        self._collect(query, keys, position, valid, selection, decoding)
+            out, sums = self._attend_held(query, position, valid, selection)
+        self._collect(query, position, valid, selection, decoding, sums)
         if not self._cache.is_deferred and (decoding or not self._cache.waits):
             self.apply(self._cache.policy(self.kv, self.step(decoding)))
         return out
+
+    def _attend_held(
+        self, query: Tensor, position: Tensor, valid: Tensor | None, selection: Selection | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention to everything held: output, and what each slot received, if that is at hand ([B, H, S])."""
+        kv, options = self.kv, {**self.geometry, **_narrowed(selection)}
+        shift = None
+        if self._cache.policy.in_cache_positions:
+            shift = self._cache.in_cache_shift(kv, self.seen)
+        frequency = None if shift is None else self._cache.frequency(self.index)
+        if query.shape[2] > _FEW or (kv.keys.body is None and kv.values.body is None):
+            keys, values = kv.decode()
+            if shift is not None and frequency is not None:
+                keys = rotate(keys, shift, frequency)
+            return attend(query, keys, values, position, kv.position, **options), None
+
+        def keys_of(start: int, stop: int) -> Tensor:
+            keys = kv.keys.columns(start, stop)
+            if shift is None or frequency is None:
+                return keys
+            return rotate(keys, shift[..., start:stop], frequency)
+
+        lists = kv.counts.shape[0] * kv.counts.shape[1]
+        tile = max(_TILE_ROWS // lists, 1)
+        out, weights = attend_tiles(query, keys_of, kv.values.columns, tile, position, kv.position, **options)
+        if valid is not None:
+            weights = weights.unflatten(2, (-1, query.shape[2])) * valid[:, None, None, :, None]
+            weights = weights.flatten(2, 3)
+        return out, weights.sum(2)
 
     def _select(self, query: Tensor, position: Tensor, valid: Tensor | None, decoding: bool) -> Selection | None:
         """What a selector of the stack lets this forward read; keeps note of it."""
@@ -203,17 +231,24 @@ class PolicyLayer(CacheLayerMixin):
     def _collect(
         self,
         query: Tensor,
-        keys: Tensor,
         position: Tensor,
         valid: Tensor | None,
         selection: Selection | None,
         decoding: bool,
+        sums: Tensor | None,
     ) -> None:
+        """sums [B, H, S]: attention each slot received, where the forward's own attention has computed it."""
         needs = self._cache.needs
         if "attention" in needs:
-            new = column_sums(
-                query, keys, position, self.kv.position, query_valid=valid, **self.geometry, **_narrowed(selection)
-            )
+            new = sums
+            if new is None:
+                keys = self.kv.keys.dense()
+                if self._cache.policy.in_cache_positions:
+                    shift = self._cache.in_cache_shift(self.kv, self.seen)
+                    keys = keys if shift is None else rotate(keys, shift, self._cache.frequency(self.index))
+                new = column_sums(
+                    query, keys, position, self.kv.position, query_valid=valid, **self.geometry, **_narrowed(selection)
+                )
             self.kv = self.kv.with_columns(attention=self.kv.columns["attention"] + new)
         if "moments" in needs and not decoding:
             self._add_moments(query, position, valid)
@@ -646,15 +681,13 @@ class CompressedCache(Cache):
             self._mask = (None, None)  # not kept alive between forwards
         return real
 
-    def to_in_cache_positions(self, layer: int, keys: Tensor, kv: KV, seen: Tensor) -> Tensor:
-        """keys [B, H, S, D] rotated from their original to consecutive positions that end at the newest token."""
+    def in_cache_shift(self, kv: KV, seen: Tensor) -> Tensor | None:
+        """By how many positions to turn keys so that they are consecutive and end at the newest token: [B, H, S]."""
         position = kv.position.long()
         length = kv.counts.per_head[:, : position.shape[1], None]
-        slot = torch.arange(position.shape[-1], device=keys.device)
+        slot = torch.arange(position.shape[-1], device=position.device)
         shift = (seen[:, None, None] - length + slot - position).masked_fill(position < 0, 0)
-        if not bool(shift.any()):
-            return keys
-        return rotate(keys, shift, self._rotary[self._layer_types[layer]])
+        return shift if bool(shift.any()) else None
 
 
 def _columns(valid: Tensor | None, part: slice) -> Tensor | None:

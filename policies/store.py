@@ -121,7 +121,9 @@ def take_columns(padded: Tensor, index: Tensor) -> Tensor:
     """[B, H, S, ...] and index [B, H, K] -> [B, H, K, ...]; -1 and indices past the end give any finite value."""
     batch, heads, columns = padded.shape[:3]
     first = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * columns
-    rows = (index.clamp(0, max(columns - 1, 0)) + first).flatten()
+    if not columns:
+        return padded.new_zeros(*index.shape, *padded.shape[3:])
+    rows = (index.clamp(0, columns - 1) + first).flatten()
     return padded.flatten(0, 2).index_select(0, rows).view(*index.shape, *padded.shape[3:])
 
 
@@ -277,6 +279,34 @@ class Packed:
     def dense_rows(self) -> Tensor:
         """[N, D] in the dtype that was encoded."""
         return self.codec.decode(self)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """[B, H, stop - start, D] float32: these columns of every list, all of them equally long."""
+        size = self.codec.group if self.groups and self.group_of is None else 1
+        first, length = start // size * size, self.counts.even
+        last = min(length or 0, -(-stop // size) * size)
+        lists = self.counts.shape[0] * self.counts.shape[1]
+
+        def cut(x: Tensor, per: int = 1) -> Tensor:
+            return x.view(lists, -1, *x.shape[1:])[:, first // per : last // per].flatten(0, 1)
+
+        at, part = self.positions(), Counts(self.counts.shape, self.counts.device, last - first)
+        groups = {k: cut(v, size) for k, v in self.groups.items()} if size > 1 else self.groups
+        whole = replace(
+            self, counts=part, rows={k: cut(v) for k, v in self.rows.items()}, groups=groups, dtype=torch.float32,
+            group_of=None if self.group_of is None else cut(self.group_of), at=None if at is None else cut(at),
+        )  # fmt: skip
+        return unflatten(whole.dense_rows(), part)[:, :, start - first : stop - first]
+
+    def some(self, flat: Tensor) -> Tensor:
+        """[..., D] float32: the rows `flat` [...] (flat indices)."""
+        index, at = flat.flatten(), self.positions()
+        counts = Counts(self.counts.shape, self.counts.device, flat[0, 0].numel())
+        rows = {k: v.index_select(0, index) for k, v in self.rows.items()}
+        group_of = self._explicit().index_select(0, index) if self.groups else None
+        at = None if at is None else at.index_select(0, index)
+        part = replace(self, counts=counts, rows=rows, group_of=group_of, at=at, dtype=torch.float32)
+        return part.dense_rows().view(*flat.shape, -1)
 
     def extend(self, other: Packed) -> Packed:
         """Appends each list of `other` to the same list here; codes and scales are copied, never recomputed."""
@@ -491,6 +521,28 @@ class Held:
         both = torch.cat([rows, self.tail.flatten(0, 2)])
         source = torch.where((column < first) | (column >= end), in_tail, in_body).clamp(max=len(both) - 1)
         return both.index_select(0, source.flatten()).view(self.shape)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """[B, H, stop - start, D] float32: some columns of `dense`, decoded by themselves."""
+        if self.body is None:
+            return self.tail[:, :, start:stop].float()
+        sinks, packed, tail = 0 if self.sinks is None else self.sinks.even, self.body.counts.even, self.tail_counts.even
+        if sinks is None or packed is None or tail is None:
+            column = torch.arange(start, stop, device=self.tail.device)
+            first, end = (x[..., None] for x in self.packed)
+            starts = self.body.counts.starts().view(*self.counts.shape, 1)
+            flat = (starts + column - first).clamp(0, self.body.counts.total - 1)
+            exact = take_columns(self.tail, torch.where(column < first, column, column - (end - first))).float()
+            return torch.where(((column >= first) & (column < end))[..., None], self.body.some(flat), exact)
+        behind = sinks + packed
+        parts = []
+        if start < sinks:
+            parts.append(self.tail[:, :, start : min(stop, sinks)].float())
+        if start < behind and stop > sinks:
+            parts.append(self.body.columns(max(start, sinks) - sinks, min(stop, behind) - sinks))
+        if stop > behind:
+            parts.append(self.tail[:, :, max(start, behind) - packed : stop - packed].float())
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def append(self, x: Tensor, valid: Tensor | None = None) -> Held:
         """x [B, H, T, D] joins the tail; `valid` [B, T] marks real tokens (None: all)."""

@@ -1,9 +1,10 @@
-"""Write the table of evictors in README.md from the code: docstrings, options, needs, and the recorded scores.
+"""Write the tables of policies in README.md from the code: docstrings, options, needs, bytes, and the recorded scores.
 
-    python scripts/policy_table.py            # rewrite the table between its two markers
-    python scripts/policy_table.py --check    # fail if it is out of date
+    python scripts/policy_table.py            # rewrite the tables between their markers
+    python scripts/policy_table.py --check    # fail if they are out of date
 
-One row per file of conf/evict. Scores are those of results/evictors (`kvbench -m preset=evictors`).
+One row per file of conf/evict, with scores of results/evictors (`kvbench -m preset=evictors`), and per file of
+conf/quant, with scores of results/quantizers (`kvbench -m preset=quantizers`).
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 import kvbench.policies
-from kvbench.policies.interface import Budgeted, Draft, Evictor, Policy, Repeat, Selector, SoftTokens
+from kvbench.policies.interface import Budgeted, Draft, Evictor, Policy, Quantizer, Repeat, Selector, SoftTokens, Step
 from kvbench.results import ResultsError, read_cells
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- evictors: scripts/policy_table.py -->\n", "<!-- /evictors -->\n"
-MEMORY, TASKS = 0.25, ("recall", "niah")
+MARKERS = "<!-- {}: scripts/policy_table.py -->\n", "<!-- /{} -->\n"
+MEMORY, TASKS = 0.25, ("recall", "niah", "ppl")
 
 
 def build(conf: Mapping[str, Any], budget: Any = 4096) -> Policy:
@@ -87,66 +89,138 @@ def deviations(policy: Policy) -> str:
     return ", ".join(dict.fromkeys(re.findall(r"`([a-z_0-9]+)`(?:, `[a-z_0-9]+`)*:", text + ":"))) or "–"
 
 
-def scores(folder: Path) -> dict[str, str]:
-    """File name -> score kept at a quarter of the bytes, as a share of the full cache's, mean of the tasks."""
+def kept_scores(folder: Path) -> dict[tuple[str, str, float | None, float | None], tuple[float, float]]:
+    """(evict, quant, memory, budget) -> score kept, as a share of the full cache's, mean of the tasks; bytes ratio.
+
+    nan where a byte budget cannot be met.
+    """
     try:
         cells, _ = read_cells(folder)
     except ResultsError:
         return {}
-    means: dict[tuple[str, str], float] = {}
+    means: dict[Any, tuple[float, float]] = {}
     for cell in cells:
         policy, extra = cell.config.policy, cell.config.model.model_extra or {}
-        if cell.config.task.name not in TASKS or policy.quant != "none" or "batch_size" in extra:
+        if cell.config.task.name not in TASKS or "batch_size" in extra:
             continue
-        if policy.memory == MEMORY or policy.evict == "full":
-            mean = sum(s.score for s in cell.samples) / len(cell.samples) if cell.samples else float("nan")
-            means[policy.evict, cell.config.task.name] = mean
+        mean = ratio = float("nan")
+        if cell.samples:
+            mean = sum(s.score for s in cell.samples) / len(cell.samples)
+            ratio = sum(s.kv_bytes_prefill_end for s in cell.samples) / sum(s.kv_bytes_full for s in cell.samples)
+        means[policy.evict, policy.quant, policy.memory, policy.budget, cell.config.task.name] = mean, ratio
     shown = {}
-    for name in {evict for evict, _ in means}:
-        ran = [t for t in TASKS if (name, t) in means and ("full", t) in means]
-        kept = sum(means[name, t] / means["full", t] for t in ran) / max(1, len(ran))
-        only = f" ({ran[0]} only)" if len(ran) == 1 else ""
-        shown[name] = f"{100 * kept:.0f} %{only}" if kept == kept and ran else "too few bytes"
+    for name in {key[:4] for key in means}:
+        ran = [(means[*name, t], means["full", "none", None, None, t]) for t in TASKS if (*name, t) in means]
+        if len(ran) == len(TASKS):
+            shown[name] = sum(a / b for (a, _), (b, _) in ran) / len(ran), sum(r for (_, r), _ in ran) / len(ran)
     return shown
 
 
-def table() -> str:
-    shown = scores(ROOT / "results" / "evictors")
-    lines = [
-        "| `evict=` | policy | sees | acts | per head | state | kept at 25 % | official defaults | deviations |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for file in sorted((f for f in files("kvbench.conf.evict").iterdir()), key=lambda f: f.name):
-        if not file.name.endswith(".yaml") or file.name == "full.yaml":
-            continue
-        name = file.name.removesuffix(".yaml")
-        policy = build(yaml.safe_load(file.read_text()))
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def evictor_score(name: str, kept: Mapping[Any, tuple[float, float]]) -> str:
+    nan = float("nan")
+    at_bytes = kept.get((name, "none", MEMORY, None), (nan, nan))[0]
+    if at_bytes == at_bytes:
+        return percent(at_bytes)
+    at_tokens = kept.get((name, "none", None, MEMORY), (nan, nan))[0]
+    return f"{percent(at_tokens)} (tokens)" if at_tokens == at_tokens else "–"
+
+
+def evictors() -> Iterator[str]:
+    kept = kept_scores(ROOT / "results" / "evictors")
+    yield "| `evict=` | policy | sees | acts | per head | state | kept at 25 % | official defaults | deviations |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for name, policy in configured("evict", "full"):
         state = policy.slot_state_nbytes if isinstance(policy, Budgeted) else 0
-        cells = [
+        yield row(
             f"`{name}`",
             f"`{type(policy).__name__}` {source(policy)}",
             sees(policy),
             "selects: " * isinstance(policy, Selector) + section(policy, "Acts:", r" (?:Raises|Official defaults)"),
             per_head(policy),
             f"{state} B" if state else "–",
-            shown.get(name, "–"),
+            evictor_score(name, kept),
             section(policy, "Official defaults:", r"\.? Deviations\."),
             deviations(policy),
-        ]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        )
+
+
+def quantizers() -> Iterator[str]:
+    kept = kept_scores(ROOT / "results" / "quantizers")
+    yield "| `quant=` | policy | bits K / V | full precision | calibration | alone | SnapKV, 12.5 % | deviations |"
+    yield "|---|---|---|---|---|---|---|---|"
+    nan = float("nan"), float("nan")
+    for name, policy in configured("quant", "none"):
+        assert isinstance(policy, Quantizer)
+        alone, stacked = kept.get(("full", name, None, None), nan), kept.get(("snapkv", name, 0.125, None), nan)
+        yield row(
+            f"`{name}`",
+            f"`{policy}` {source(policy)}",
+            " / ".join(f"{bits:.4g}" for bits in bits_per_element(policy)),
+            windows(policy),
+            calibration(policy),
+            f"{percent(alone[0])} at {percent(alone[1])}" if alone[0] == alone[0] else "–",
+            percent(stacked[0]) if stacked[0] == stacked[0] else "–",
+            deviations(policy),
+        )
+
+
+def bits_per_element(policy: Quantizer, head_dim: int = 128, layers: int = 4) -> list[float]:
+    """Of keys and of values, metadata included, mean over layers."""
+    total = [0.0, 0.0]
+    for order in range(layers):
+        none = torch.zeros(1, dtype=torch.int64)
+        for i, codec in enumerate(policy.codecs(Step(order, none, none, order=order, layers=layers))):
+            nbytes = 2 * head_dim
+            if codec is not None:
+                nbytes = codec.row_nbytes(head_dim) + codec.group_nbytes(head_dim) / codec.group
+            total[i] += 8 * nbytes / head_dim / layers
+    return total
+
+
+def windows(policy: Quantizer) -> str:
+    """First tokens and residual window that stay in full precision."""
+    residual = getattr(policy, "residual", 0)
+    parts = [f"{max(policy.keeps)} sinks"] * any(policy.keeps) + [f"last {residual}"] * bool(residual)
+    return ", ".join(parts) or "–"
+
+
+def calibration(policy: Quantizer) -> str:
+    if not hasattr(policy, "path"):
+        return "–"
+    module = importlib.import_module(type(policy).__module__).__doc__ or ""
+    found = re.search(r"scripts/\w+\.py", f"{module} {inspect.getdoc(type(policy))}")
+    return f"`{found.group()}`" if found else "–"
+
+
+def configured(group: str, without: str) -> Iterator[tuple[str, Policy]]:
+    """(file name, policy) of a folder of kvbench.conf."""
+    for file in sorted(files(f"kvbench.conf.{group}").iterdir(), key=lambda f: f.name):
+        name = file.name.removesuffix(".yaml")
+        if name not in (file.name, without):
+            yield name, build(yaml.safe_load(file.read_text()))
+
+
+def row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the table is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether the tables are up to date")
     args = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    new = before + BEGIN + table() + END + rest.split(END)[1]
+    new = text
+    for name, lines in (("evictors", evictors()), ("quantizers", quantizers())):
+        begin, end = (marker.format(name) for marker in MARKERS)
+        before, rest = new.split(begin)
+        new = before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1]
     if args.check:
-        sys.exit(0 if new == text else "README.md: the table is out of date; run python scripts/policy_table.py")
+        sys.exit(0 if new == text else "README.md: the tables are out of date; run python scripts/policy_table.py")
     readme.write_text(new, encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ Letters: B batch, H key-value heads, Hq = H * G query heads, T queries, S slots,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ def attend(
     """
     out = torch.empty_like(query)
     for block in _blocks(query, keys):
-        visible = _visible(query[:, :, block], keys, query_position[:, block], key_position, allowed, recent)
+        visible = _visible(query[:, :, block], keys.shape[1], query_position[:, block], key_position, allowed, recent)
         if softcap is None and sinks is None:
             out[:, :, block] = _sdpa(query[:, :, block], keys, values, visible, scaling)
         else:
@@ -55,6 +55,36 @@ def attend(
             mixed = weights.to(values.dtype) @ values  # [B, H, G*T, D]
             out[:, :, block] = mixed.view_as(out[:, :, block])
     return out
+
+
+def attend_tiles(
+    query: Tensor,
+    keys: Callable[[int, int], Tensor],
+    values: Callable[[int, int], Tensor],
+    tile: int,
+    query_position: Tensor,
+    key_position: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    allowed: Tensor | None = None,
+    recent: int | Tensor = 0,
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, for a few queries and packed slots: output, and attention rows [B, H, G*T, S] float32.
+
+    keys(a, b), values(a, b) decode slots a to b: [B, H, b - a, D] float32. No more than `tile` slots are decoded at a
+    time.
+    """
+    heads, slots = keys(0, 1).shape[1], key_position.shape[-1]
+    ends = [(start, min(start + tile, slots)) for start in range(0, slots, tile)]
+    scaled = _group(query, heads).float() * scaling
+    logits = torch.cat([scaled @ keys(a, b).transpose(-1, -2) for a, b in ends], dim=-1)
+    visible = _visible(query, heads, query_position, key_position, allowed, recent)
+    weights = _normalized(logits, visible, query, softcap, sinks)
+    out = sum(weights[..., a:b] @ values(a, b) for a, b in ends)
+    assert isinstance(out, Tensor)
+    return out.to(query.dtype).view_as(query), weights
 
 
 def attend_causal(query: Tensor, keys: Tensor, values: Tensor, *, scaling: float) -> Tensor:
@@ -74,7 +104,7 @@ def probabilities(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """The attention rows themselves, [B, Hq, T, S] float32: for a handful of queries (an observation window)."""
-    visible = _visible(query, keys, query_position, key_position)
+    visible = _visible(query, keys.shape[1], query_position, key_position)
     weights = _weights(query, keys, visible, scaling, softcap, sinks)
     return weights.view(*query.shape[:3], keys.shape[2])
 
@@ -114,7 +144,7 @@ def column_sums(
         # Slots are in order: those after the last one that any query of the block sees get nothing.
         reach = int((key_position <= newest).sum(-1).amax())
         near, open_to = keys[:, :, :reach], None if allowed is None else allowed[..., :reach]
-        visible = _visible(part, near, query_position[:, block], key_position[..., :reach], open_to, recent)
+        visible = _visible(part, heads, query_position[:, block], key_position[..., :reach], open_to, recent)
         weights = _weights(part, near, visible, scaling, softcap, sinks)
         if query_valid is not None:
             weights = weights.view(*part.shape[:3], reach) * query_valid[:, None, block, None]
@@ -139,14 +169,14 @@ def _group(query: Tensor, heads: int) -> Tensor:
 
 def _visible(
     query: Tensor,
-    keys: Tensor,
+    heads: int,
     query_position: Tensor,
     key_position: Tensor,
     allowed: Tensor | None = None,
     recent: int | Tensor = 0,
 ) -> Tensor:
     """[B, H or 1, G*T, S] bool."""
-    heads, query_heads = keys.shape[1], query.shape[1]
+    query_heads = query.shape[1]
     repeats = query_heads // heads
     at, slot = query_position[:, None, :, None], key_position[:, :, None]
     visible = (slot >= 0) & (slot <= at)  # [B, H or 1, T, S]
@@ -178,16 +208,18 @@ def _weights(
     sinks: Tensor | None,
 ) -> Tensor:
     """[B, H, G*T, S] float32."""
-    heads, tokens = keys.shape[1], query.shape[2]
-    repeats, slots = query.shape[1] // heads, keys.shape[2]
-    logits = (_group(query, heads).float() * scaling) @ keys.float().transpose(-1, -2)
+    logits = (_group(query, keys.shape[1]).float() * scaling) @ keys.float().transpose(-1, -2)
+    return _normalized(logits, visible, query, softcap, sinks)
+
+
+def _normalized(logits: Tensor, visible: Tensor, query: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Softmax of logits [B, H, G*T, S] float32 over what is visible and the learned sinks; may write into them."""
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill_(~visible, -torch.inf)
     if sinks is not None:
-        sink = (
-            sinks.float().view(1, heads, repeats, 1).expand(len(logits), -1, -1, tokens).reshape(*logits.shape[:3], 1)
-        )
+        batch, heads, rows, slots = logits.shape
+        sink = sinks.float().view(1, heads, -1, 1).expand(batch, -1, -1, query.shape[2]).reshape(batch, heads, rows, 1)
         return torch.cat([logits, sink], dim=-1).softmax(-1)[..., :slots]
     # Where nothing is visible, softmax would be 0 / 0.
     return logits.softmax(-1).masked_fill_(~visible.any(-1, keepdim=True), 0)

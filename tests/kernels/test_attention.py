@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvbench.kernels.attention import attend, attend_causal, column_sums, probabilities, reference
+from kvbench.kernels.attention import attend, attend_causal, attend_tiles, column_sums, probabilities, reference
 
 LAYOUTS = [(1, 1, 1), (2, 1, 4), (2, 2, 2), (1, 3, 1)]  # batch, kv heads, query heads per kv head
 EXTRAS = [{}, {"softcap": 3.0}, {"sinks": True}, {"softcap": 3.0, "sinks": True}]
@@ -82,6 +82,12 @@ def test_everything_equals_the_dense_oracle(layout, extra, shared, device):
     out = attend(query, keys, values, query_position, position, **chosen).cpu()
     expected = (grouped @ values.cpu().double()[:, :, None]).flatten(1, 2)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
+
+    for tile in (2, 100):
+        parts = [lambda a, b, x=x: x[:, :, a:b] for x in (keys, values)]
+        out, weights_of_tiles = attend_tiles(query, *parts, tile, query_position, position, **chosen)
+        torch.testing.assert_close(out.cpu().double(), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(weights_of_tiles.cpu().view_as(rows), rows)
 
 
 @pytest.mark.parametrize("extra", EXTRAS, ids=str)

@@ -9,7 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvbench.policies import FP8, KIVI, KV, NVFP4, Full, Mixed, Quantizer, Random, Step
+from kvbench.policies import (
+    FP8,
+    GEAR,
+    KIVI,
+    KV,
+    NVFP4,
+    Full,
+    IntToken,
+    KVTuner,
+    Kitty,
+    Mixed,
+    Quantizer,
+    Random,
+    Step,
+    TurboQuant,
+)
 from kvbench.policies.store import Counts, Packed, Where
 
 SMALL = [
@@ -25,6 +40,15 @@ SMALL = [
     FP8(sinks=3),
     KIVI(2, 8, 0, sinks=2).keys & FP8(sinks=4).values,
     Mixed(None, NVFP4()),
+    KVTuner(pairs=((8, 4),), group_size=8, residual=16),
+    KVTuner(pairs=((4, 8),), group_size=8, residual=3, mode="token"),
+    IntToken(4, rotate=True, rotate_values=True, block=8, residual=8),
+    IntToken(8, symmetric=True),
+    Kitty(0.25, 8, 4, sinks=2),
+    GEAR(2, 2, 0.1, 8, 16),
+    TurboQuant(4, norm_correction=True),
+    TurboQuant(3, norm_correction=True, seed=None, sinks=2),
+    FP8(0.5, 2.0, format="e5m2"),
 ]
 every = pytest.mark.parametrize("policy", SMALL, ids=str)
 
@@ -156,8 +180,14 @@ def test_keys_and_values_must_agree(policy: Quantizer) -> None:
 def test_zeros_come_back_as_zeros_and_requantizing_as_itself(policy: Quantizer) -> None:
     zeros = torch.zeros(1, 2, 32, 16)
     assert not any(x.any() for x in policy.encode(zeros, -zeros).decode())
+    if isinstance(policy, GEAR | Kitty):
+        return  # boosted channels, outliers and factors are chosen anew
     once = policy.encode(*pair(2, 2, 48, 32)).decode()
-    assert all(torch.equal(a, b) for a, b in zip(policy.encode(*once).decode(), once, strict=True))
+    for again, first in zip(policy.encode(*once).decode(), once, strict=True):
+        if policy == FP8(format="e5m2", per_token=True):  # max / 57344 * 57344 may be one float off
+            assert torch.allclose(again, first, rtol=2**-22, atol=0)
+        else:
+            assert torch.equal(again, first)
 
 
 @every
@@ -213,6 +243,22 @@ def test_gather_keeps_codes_and_never_encodes_again(
                     for name, tensor in before.body.rows.items():
                         assert torch.equal(after.body.rows[name], tensor[chosen])
             kv = kept
+
+
+@every
+def test_some_columns_are_decoded_as_all_are(policy: Quantizer) -> None:
+    keys, values = pair(2, 2, 53, 16)
+    lengths = torch.arange(53) >= torch.tensor([0, 30])[:, None]
+    padded = empty(keys).append(keys, values, valid=lengths)
+    even = policy.encode(keys, values)
+    for kv in (even, policy(padded, step(padded)), even.gather(kept_at_random(even.counts.per_head, 53, ragged=True))):
+        live = kv.counts.live()
+        for held in (kv.keys, kv.values):
+            whole, width = held.dense(), kv.counts.width
+            for start, stop in ((0, width), (0, 1), (3, 11), (5, width - 1), (width - 1, width)):
+                part = held.columns(start, stop)
+                assert part.dtype == torch.float32
+                assert torch.equal(part[live[..., start:stop]], whole[:, :, start:stop][live[..., start:stop]])
 
 
 @every
@@ -290,7 +336,9 @@ def test_compaction_encodes_sparse_lists_once_more_and_no_row_twice(caplog: pyte
     assert torch.equal(new[:, :, :16], fresh) and torch.equal(new[:, :, 16:], old[:, :, 16:])
     assert once.nbytes == sum(t.untyped_storage().nbytes() for _, t in once.tensors())
     assert once.row_nbytes().sum() == once.nbytes
-    fewer = once.gather(torch.arange(0, 22, 5).expand(2, 1, -1))  # sparse again, but only the 2 rows not yet encoded twice
+    fewer = once.gather(
+        torch.arange(0, 22, 5).expand(2, 1, -1)
+    )  # sparse again, but only the 2 rows not yet encoded twice
     again = policy(fewer, step(fewer))
     assert torch.equal(again.keys.dense(), fewer.keys.dense())
     both = once.select(torch.tensor([1, 1]))

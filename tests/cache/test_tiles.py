@@ -1,0 +1,50 @@
+"""Decoding reads packed slots tile by tile: never a whole layer at once, and with the same result."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvbench import CompressedCache
+from kvbench import cache as host
+from kvbench.policies import H2O, KIVI, NVFP4, AdaKV, Policy, SnapKV, StreamingLLM
+from kvbench.policies.store import Held
+
+STACKS = [
+    KIVI(2, 8, 8),
+    KIVI(4, 8, 16, sinks=3).keys & NVFP4(sinks=2).values,
+    H2O(40) | KIVI(2, 8, 8),
+    StreamingLLM(30) | NVFP4(),
+    AdaKV(SnapKV(24, window=4)) | NVFP4(),
+]
+
+
+@pytest.mark.parametrize("policy", STACKS, ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt-oss"])
+def test_tiles_give_what_a_decoded_layer_gives(
+    policy: Policy, family: str, tiny: Callable, do: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(family)
+    ids, mask = do.left_padded(70, 45)
+
+    def logits(tile_rows: int, few: int) -> torch.Tensor:
+        monkeypatch.setattr(host, "_TILE_ROWS", tile_rows)
+        monkeypatch.setattr(host, "_FEW", few)
+        cache = CompressedCache(model, policy)
+        steps = [(0, 60), *((i, i + 1) for i in range(60, 70))]
+        return torch.stack([do.feed(model, cache, ids[:, a:b], mask[:, :b])[:, -1] for a, b in steps])
+
+    whole = logits(2**14, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Held, "dense", _only_prompts(Held.dense))
+        tiles = logits(4 * 7, 16)  # 7 slots at a time
+    torch.testing.assert_close(tiles, whole, atol=1e-3, rtol=1e-3)
+
+
+def _only_prompts(dense):
+    def checked(held: Held) -> torch.Tensor:
+        assert held.body is None or held.body.codec.__class__.__name__ == "Plain", "decoded a whole packed layer"
+        return dense(held)
+
+    return checked
