@@ -168,8 +168,9 @@ def quantizers() -> Iterator[str]:
         )
 
 
-def bits_per_element(policy: Quantizer, head_dim: int = 128, layers: int = 4) -> list[float]:
-    """Of keys and of values, metadata included, mean over layers."""
+def bits_per_element(policy: Quantizer, layers: int = 4) -> list[float]:
+    """Of keys and of values, metadata included, mean over layers, at head_dim 128 or as calibrated."""
+    head_dim = 64 if hasattr(policy, "path") else 128
     total = [0.0, 0.0]
     for order in range(layers):
         none = torch.zeros(1, dtype=torch.int64)
