@@ -3,7 +3,7 @@
 import importlib.resources
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -38,6 +38,7 @@ from kvbench.policies import (
     select,
 )
 from kvbench.policies.interface import Budgeted, Moments, Probe, Repeat, Selector
+from kvbench.policies.store import Packed, Where
 
 HEADS, GROUP, DIM, SCALING = 2, 2, 8, 0.5
 CONF = {
@@ -571,15 +572,14 @@ class ToyCodec:
     """int8 codes, a float16 per row, a float32 per `group` rows."""
 
     group: int
+    first: ClassVar[None] = None
 
-    def encode(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         codes = x.round().clamp(-127, 127).to(torch.int8)
         return {"codes": codes, "mean": x.mean(-1).half()}, {"scale": torch.ones(len(x) // self.group)}
 
-    def decode(
-        self, rows: dict[str, Tensor], groups: dict[str, Tensor], group_of: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        return rows["codes"].to(dtype)
+    def decode(self, packed: Packed) -> Tensor:
+        return packed.rows["codes"].to(packed.dtype)
 
     def row_nbytes(self, head_dim: int) -> int:
         return head_dim + 2
@@ -592,7 +592,7 @@ class ToyCodec:
 class Toy(Quantizer):
     """Keys packed by fours, the last two of a list left as they are; values packed at once."""
 
-    def codecs(self) -> tuple[ToyCodec, ToyCodec]:
+    def codecs(self, step: Step | None = None) -> tuple[ToyCodec, ToyCodec]:
         return ToyCodec(4), ToyCodec(1)
 
     def flush(self, tail: Tensor) -> tuple[Tensor, Tensor]:
