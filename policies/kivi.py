@@ -139,7 +139,7 @@ def _affine(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     scale, zero = divide(high - low, top).half(), low.half()
     if not bool((scale.isfinite() & zero.isfinite()).all()):
         raise ValueError(
-            f"KIVI stores scale and zero point as fp16, at most 65504; keys or values reach {float(x.abs().max()):.6g}"
+            f"scale and zero point are stored as fp16, at most 65504; keys or values reach {float(x.abs().max()):.6g}"
         )
     step = scale.float().masked_fill(scale == 0, torch.inf)  # constant groups: codes 0
     codes = (x - zero.float()).div_(step).round_().clamp_(0, top).to(torch.uint8)

@@ -1,14 +1,17 @@
-"""Packed number formats: integer codes in planar and interleaved bytes, E2M1, E4M3 (PyTorch reference)."""
+"""Packed number formats: integer codes in planar and interleaved bytes, E2M1, E4M3, E5M2 (PyTorch reference)."""
 
 from kvbench.kernels.packing.reference import (
     E2M1_MAX,
     E4M3_MAX,
+    E5M2_MAX,
     cast,
     decode_e2m1,
     decode_e4m3,
+    decode_e5m2,
     divide,
     encode_e2m1,
     encode_e4m3,
+    encode_e5m2,
     from_kivi_int32,
     pack_interleaved,
     pack_planar,
@@ -20,12 +23,15 @@ from kvbench.kernels.packing.reference import (
 __all__ = [
     "E2M1_MAX",
     "E4M3_MAX",
+    "E5M2_MAX",
     "cast",
     "decode_e2m1",
     "decode_e4m3",
+    "decode_e5m2",
     "divide",
     "encode_e2m1",
     "encode_e4m3",
+    "encode_e5m2",
     "from_kivi_int32",
     "pack_interleaved",
     "pack_planar",

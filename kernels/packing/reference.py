@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 E4M3_MAX = 448.0
+E5M2_MAX = 57344.0
 E2M1_MAX = 6.0
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -116,6 +117,16 @@ def encode_e4m3(x: Tensor) -> Tensor:
 def decode_e4m3(codes: Tensor) -> Tensor:
     """Bytes of float8 E4M3FN, uint8 -> float32 of the same shape, exact."""
     return codes.view(torch.float8_e4m3fn).float()
+
+
+def encode_e5m2(x: Tensor) -> Tensor:
+    """x -> bytes of float8 E5M2, uint8 of the same shape; nearest, ties to even, saturating at +-57344."""
+    return x.float().clamp(-E5M2_MAX, E5M2_MAX).to(torch.float8_e5m2).view(torch.uint8)
+
+
+def decode_e5m2(codes: Tensor) -> Tensor:
+    """Bytes of float8 E5M2, uint8 -> float32 of the same shape, exact."""
+    return codes.view(torch.float8_e5m2).float()
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

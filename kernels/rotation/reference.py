@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -35,14 +33,11 @@ def hadamard(x: Tensor, block: int | None = None, signs: Tensor | None = None, i
     x = x.float()
     if signs is not None and not inverse:
         x = x * signs
-    x = (x.unflatten(-1, (-1, block)) @ _matrix(block, x.device)).flatten(-2)
+    # Sums and differences of neighbours, log2(block) times. Unlike a matrix product, whose order of summation depends
+    # on the number of rows, this gives a row the same bits on every device, whatever it is encoded with.
+    lines = x.reshape(-1, block).T.contiguous()
+    for _ in range(block.bit_length() - 1):
+        even, odd = lines[::2], lines[1::2]
+        lines = torch.cat([even + odd, even - odd])
+    x = (lines.T.contiguous() * block**-0.5).view(x.shape)
     return x * signs if signs is not None and inverse else x
-
-
-@lru_cache(maxsize=16)
-def _matrix(order: int, device: torch.device) -> Tensor:
-    """The orthonormal Hadamard matrix of Sylvester's construction, [order, order] float32."""
-    matrix = torch.ones(1, 1, device=device)
-    while len(matrix) < order:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / order**0.5

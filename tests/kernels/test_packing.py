@@ -11,9 +11,11 @@ from kvbench.kernels.packing import (
     cast,
     decode_e2m1,
     decode_e4m3,
+    decode_e5m2,
     divide,
     encode_e2m1,
     encode_e4m3,
+    encode_e5m2,
     from_kivi_int32,
     pack_interleaved,
     pack_planar,
@@ -192,10 +194,37 @@ def test_e4m3_saturates(value: float) -> None:
     assert decode_e4m3(encode_e4m3(torch.tensor([value, -value]))).tolist() == [448, -448]
 
 
+def e5m2_value(code: int) -> float:
+    """Sign, five exponent bits with bias 15, two mantissa bits; exponent 0 is subnormal."""
+    exponent, mantissa = code >> 2 & 31, code & 3
+    magnitude = mantissa * 2.0**-16 if exponent == 0 else (4 + mantissa) * 2.0 ** (exponent - 17)
+    return -magnitude if code & 128 else magnitude
+
+
+POSITIVE_E5M2 = [e5m2_value(code) for code in range(124)]
+
+
+def test_e5m2_decodes_all_248_finite_codes_and_back() -> None:
+    codes = torch.tensor([*range(124), *range(128, 252)], dtype=torch.uint8)
+    values = decode_e5m2(codes)
+    assert values.tolist() == [e5m2_value(c) for c in codes.tolist()]
+    assert torch.equal(encode_e5m2(values), codes)
+    assert max(POSITIVE_E5M2) == 57344
+
+
+def test_e5m2_is_the_nearest_value_with_ties_to_even_codes_and_saturates() -> None:
+    midpoints = torch.tensor([(a + b) / 2 for a, b in zip(POSITIVE_E5M2, POSITIVE_E5M2[1:], strict=False)])
+    x = torch.cat([midpoints, -midpoints, torch.randn(200) * 100, torch.tensor([6e4, 7e4, -1e6])])
+    for value, code in zip(x.tolist(), encode_e5m2(x).tolist(), strict=True):
+        best = min(range(124), key=lambda c: (abs(POSITIVE_E5M2[c] - abs(value)), c % 2))
+        assert code == best + 128 * (value < 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_formats_read_half_precision_exactly(dtype: torch.dtype) -> None:
     x = (torch.randn(1000) * 3).to(dtype)
     assert torch.equal(encode_e4m3(x), encode_e4m3(x.float()))
+    assert torch.equal(encode_e5m2(x), encode_e5m2(x.float()))
     assert torch.equal(encode_e2m1(x), encode_e2m1(x.float()))
 
 

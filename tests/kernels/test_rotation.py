@@ -32,6 +32,13 @@ def test_dot_products_are_kept_and_signs_are_undone() -> None:
     assert torch.equal(hadamard(k.bfloat16()), hadamard(k.bfloat16().float()))
 
 
+def test_a_row_gets_the_same_bits_however_many_there_are() -> None:
+    x = torch.randn(300, 128)
+    together = hadamard(x)
+    for rows in (1, 2, 17, 64):
+        assert torch.equal(hadamard(x[:rows]), together[:rows])
+
+
 @pytest.mark.parametrize("block", [0, 3, 32, 128])
 def test_blocks_that_do_not_fit_are_refused(block: int) -> None:
     with pytest.raises(ValueError, match=f"must be a power of two that divides head_dim=80, got {block}"):

@@ -1,12 +1,17 @@
-"""NVFP4 against its definition in plain loops, every code at every scale, and stored bytes."""
+"""NVFP4 against its definition in plain loops, every code at every scale, stored bytes, and checkpoints."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kvbench.kernels.packing import decode_e2m1, decode_e4m3, pack_interleaved, unpack_interleaved
-from kvbench.policies import KV, NVFP4
+from kvbench.kernels.rotation import hadamard
+from kvbench.policies import KV, NVFP4, Step
 
 F32 = np.float32
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -142,3 +147,128 @@ def test_head_dim_must_fill_blocks() -> None:
         NVFP4().encode(torch.zeros(1, 1, 4, 72), torch.zeros(1, 1, 4, 72))
     for head_dim in (64, 80, 96, 128, 256):
         NVFP4().check(head_dim)
+
+
+def in_layer(layer: int) -> Step:
+    return Step(layer, torch.tensor([8]), torch.tensor([8]), order=0, layers=1)
+
+
+def test_rotated_keys_come_back_unrotated_and_values_stay_as_they_are() -> None:
+    keys, values = torch.randn(2, 1, 2, 8, 96)
+    keys[..., 5] += 100
+    plain, rotated = NVFP4().encode(keys, values), NVFP4(rotate=True).encode(keys, values)
+    by_hand = NVFP4().encode(hadamard(keys), values)
+    for a, b in zip(stored(rotated, "keys"), stored(by_hand, "keys"), strict=True):
+        assert torch.equal(a, b)
+    assert torch.allclose(rotated.keys.dense(), hadamard(by_hand.keys.dense()), atol=1e-4)
+    assert torch.equal(rotated.values.dense(), plain.values.dense())
+    assert rotated.nbytes == plain.nbytes
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Two shards, as exported: layers 0 and 2 of a model with 2 key-value heads of 32 channels."""
+    name = "model.layers.{}.self_attn.{}_proj.{}"
+    save_file(
+        {
+            name.format(0, "k", "k_scale"): torch.tensor(0.5),
+            name.format(0, "v", "v_scale"): torch.tensor([0.25]).bfloat16(),
+            name.format(0, "k", "weight_scale"): torch.tensor(9.0),
+            name.format(0, "k", "bias"): torch.full((64,), 9.0),
+        },
+        tmp_path / "model-00001-of-00002.safetensors",
+    )
+    save_file(
+        {
+            name.format(2, "k", "k_scale"): torch.tensor(2.0),
+            name.format(2, "k", "k_bias"): torch.arange(64.0).view(1, 2, 1, 32),
+            name.format(2, "v", "v_bias"): -torch.arange(64.0).view(1, 2, 1, 32),
+        },
+        tmp_path / "model-00002-of-00002.safetensors",
+    )
+    return tmp_path
+
+
+def test_scales_and_biases_of_a_checkpoint_belong_to_their_layer(checkpoint: Path) -> None:
+    keys, values = torch.randn(2, 3, 2, 8, 32)
+    policy = NVFP4(3.0, 4.0, checkpoint=str(checkpoint))
+    for layer, plain in ((0, NVFP4(0.5, 0.25)), (1, NVFP4(3.0, 4.0))):
+        got, expected = policy.encode(keys, values, in_layer(layer)), plain.encode(keys, values)
+        for (name, a), (_, b) in zip(got.tensors(), expected.tensors(), strict=True):
+            assert torch.equal(a, b), name
+        assert all(torch.equal(a, b) for a, b in zip(got.decode(), expected.decode(), strict=True))
+    bias = torch.arange(64.0).view(1, 2, 1, 32)
+    got, expected = policy.encode(keys, values, in_layer(2)), NVFP4(2.0, 4.0).encode(keys - bias, values + bias)
+    for (name, a), (_, b) in zip(got.tensors(), expected.tensors(), strict=True):
+        assert torch.equal(a, b), name
+    assert torch.equal(got.keys.dense(), expected.keys.dense() + bias)
+    assert torch.equal(got.values.dense(), expected.values.dense() - bias)
+    assert got.nbytes == NVFP4().encode(keys, values).nbytes  # biases are parameters, not cache
+    kept = got.gather(torch.tensor([[[1, 6, -1], [0, 3, 7]]]).expand(3, -1, -1))  # rows know their head
+    assert torch.equal(kept.keys.dense()[:, 0, :2], got.keys.dense()[:, 0, [1, 6]])
+    assert torch.equal(kept.keys.dense()[:, 1], got.keys.dense()[:, 1, [0, 3, 7]])
+
+
+def test_a_bias_costs_nothing_once_it_is_known(checkpoint: Path) -> None:
+    """Keys around a large bias per channel (Qwen2.5): the affine variant codes only what moves."""
+    keys = torch.randn(1, 2, 64, 32) + torch.arange(64.0).view(1, 2, 1, 32)
+    affine, plain = (
+        policy.encode(keys, keys, in_layer(2)).keys.dense() for policy in (NVFP4(checkpoint=str(checkpoint)), NVFP4())
+    )
+    assert (affine - keys).norm() < 0.1 * (plain - keys).norm()
+    rotated = NVFP4(rotate=True, checkpoint=str(checkpoint)).encode(keys, keys, in_layer(2)).keys.dense()
+    assert (rotated - keys).norm() < 0.1 * (plain - keys).norm()
+
+
+def test_one_scale_per_layer_from_json(tmp_path: Path) -> None:
+    file = tmp_path / "kv_cache_scales.json"
+    file.write_text(json.dumps({"kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": {"0": 0.5, "1": 2}}}}))
+    policy = NVFP4(checkpoint=str(file))
+    assert policy.codecs() == NVFP4(0.5, 0.5).codecs() and policy.codecs(in_layer(1)) == NVFP4(2.0, 2.0).codecs()
+    assert policy.codecs(in_layer(2)) == NVFP4().codecs()
+
+
+@pytest.mark.parametrize(
+    "name, tensors, message",
+    [
+        ("missing", None, "no such file, or no .*; Model-Optimizer writes one: python hf_ptq.py .*nvfp4"),
+        ("m.safetensors", {"model.norm.weight": [1.0]}, "no tensor is named"),
+        ("m.safetensors", {"layers.0.k_proj.k_scale": [0.0]}, "k_scale of layer 0 must be one positive number"),
+        ("m.safetensors", {"layers.0.k_proj.k_scale": [1.0, 2.0]}, "k_scale of layer 0 must be one positive number"),
+        ("m.safetensors", {"layers.3.v_proj.v_bias": [float("nan")]}, "v_bias of layer 3 must be"),
+        ("m.json", {"kv_cache": {}}, 'must be {"kv_cache": {"scaling_factor": .*, of one rank'),
+        ("m.json", {"kv_cache": {"scaling_factor": {"0": {}, "1": {}}}}, "of one rank"),
+        ("m.json", {"kv_cache": {"scaling_factor": {"0": {"0": "high"}}}}, "of one rank"),
+    ],
+)
+def test_checkpoints_without_usable_scales_are_refused(
+    name: str, tensors: dict | None, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    if name.endswith("json"):
+        file.write_text(json.dumps(tensors))
+    elif tensors:
+        save_file({key: torch.tensor(value) for key, value in tensors.items()}, file)
+    with pytest.raises(ValueError, match=f"NVFP4: .*{message}"):
+        NVFP4(checkpoint=str(file)).check(64)
+
+
+def test_checkpoints_of_other_models_and_other_types_are_refused(checkpoint: Path) -> None:
+    x = torch.zeros(1, 4, 8, 32)
+    with pytest.raises(ValueError, match="k_bias of layer 2 has 64 values, but the model has 4 key-value heads of 32"):
+        NVFP4(checkpoint=str(checkpoint)).encode(x, x, in_layer(2))
+    with pytest.raises(ValueError, match="NVFP4: rotate must be true or false, got 'keys'"):
+        NVFP4(rotate="keys")
+    with pytest.raises(ValueError, match="NVFP4: checkpoint must be the path of a folder or file, got 1"):
+        NVFP4(checkpoint=1)
+
+
+@pytest.mark.parametrize("name, policy", [("nvfp4", NVFP4()), ("nvfp4_rotate", NVFP4(rotate=True))])
+def test_configurations(name: str, policy: NVFP4) -> None:
+    from importlib.resources import files
+
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    config = (files("kvbench.conf") / "quant" / f"{name}.yaml").read_text()
+    assert instantiate(OmegaConf.create(config)) == policy
