@@ -120,7 +120,7 @@ class PerToken:
 
     def decode(self, packed: Packed) -> Tensor:
         x = unpack_planar(packed.rows["codes"], self.bits).float()
-        shared = x.view(x.shape[0], -1, self.group_size)
+        shared = x.unflatten(1, (-1, self.group_size))
         shared.mul_(packed.rows["scale"][..., None]).add_(packed.rows["zero"][..., None])
         return cast(x, packed.dtype)
 

@@ -121,7 +121,7 @@ class E2M1Blocks:
 
     def decode(self, packed: Packed) -> Tensor:
         x = decode_e2m1(packed.rows["codes"])
-        x.view(x.shape[0], -1, _BLOCK).mul_(self._decoded(packed.rows["scale"])[..., None])
+        x.unflatten(1, (-1, _BLOCK)).mul_(self._decoded(packed.rows["scale"])[..., None])
         return cast(x, packed.dtype)
 
     def row_nbytes(self, head_dim: int) -> int:

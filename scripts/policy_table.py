@@ -46,11 +46,12 @@ def section(policy: Policy, begin: str, end: str) -> str:
 
 
 def source(policy: Policy) -> str:
-    """Links to paper and code, from the module's docstring."""
+    """Links to paper and code, from the module's docstring; of evictors' code only what is official."""
     text = importlib.import_module(type(policy).__module__).__doc__ or ""
+    code = "" if isinstance(policy, Quantizer) else "official code "
     links = [
-        ("paper", r"Paper (https?://\S+?)[,.;]?(?:\s|$)"),
-        ("code", r"official code (https?://\S+?)[,.;]?(?:\s|$)"),
+        ("paper", r"(https?://(?:arxiv|openreview|mlsys|dl\.acm)\.\S+?)[,.;)]?(?:\s|$)"),
+        ("code", code + r"(https?://github\.com/\S+?)[,.;)]?(?:\s|$)"),
     ]
     return " ".join(f"[{name}]({m.group(1)})" for name, pattern in links if (m := re.search(pattern, text))) or "–"
 
@@ -185,7 +186,8 @@ def bits_per_element(policy: Quantizer, layers: int = 4) -> list[float]:
 def windows(policy: Quantizer) -> str:
     """First tokens and residual window that stay in full precision."""
     residual = getattr(policy, "residual", 0)
-    parts = [f"{max(policy.keeps)} sinks"] * any(policy.keeps) + [f"last {residual}"] * bool(residual)
+    sinks = max(policy.keeps)
+    parts = [f"{sinks} sink{'s' * (sinks > 1)}"] * bool(sinks) + [f"last {residual}"] * bool(residual)
     return ", ".join(parts) or "–"
 
 

@@ -8,7 +8,7 @@ import torch
 
 from kvbench import CompressedCache
 from kvbench import cache as host
-from kvbench.policies import H2O, KIVI, NVFP4, AdaKV, Policy, SnapKV, StreamingLLM
+from kvbench.policies import GEAR, H2O, KIVI, NVFP4, AdaKV, Kitty, Policy, SnapKV, StreamingLLM, ZipCache
 from kvbench.policies.store import Held
 
 STACKS = [
@@ -17,6 +17,9 @@ STACKS = [
     H2O(40) | KIVI(2, 8, 8),
     StreamingLLM(30) | NVFP4(),
     AdaKV(SnapKV(24, window=4)) | NVFP4(),
+    Kitty(0.25, 8, 4, sinks=2),
+    GEAR(2, 2, 0.1, 8, 16),
+    ZipCache(interval=10),
 ]
 
 
