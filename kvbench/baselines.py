@@ -12,11 +12,14 @@ They are not KIVI, whatever their documentation says: a prompt is packed whole, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import QuantizedCache
+
+from kvbench.policies.interface import KV, Policy, Step
 
 BASELINES: Mapping[str, tuple[str, dict[str, int]]] = {
     "hf_quanto2": ("quanto", {"nbits": 2}),
@@ -29,10 +32,28 @@ BASELINES: Mapping[str, tuple[str, dict[str, int]]] = {
 _INSTALL = {"quanto": "pip install optimum-quanto", "hqq": "pip install hqq", "fp8": "pip install -U transformers"}
 
 
+class BaselineError(ValueError):
+    """A baseline that cannot be had here, or not in this place."""
+
+
+@dataclass(frozen=True)
+class Baseline(Policy):
+    """Stands for one of transformers' caches in a sweep. It packs by itself, so nothing can be stacked with it."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in BASELINES:
+            raise ValueError(f"no baseline named {self.name!r}; there are: {', '.join(BASELINES)}")
+
+    def __call__(self, kv: KV, step: Step) -> KV:
+        raise BaselineError(f"{self} is a cache of transformers, not a policy: it cannot be stacked or hooked")
+
+
 def quantized_cache(name: str, model: PreTrainedModel, **options: int) -> QuantizedCache:
     """A fresh cache for `model`. options: those of transformers' QuantizedCache, such as q_group_size, over defaults.
 
-    Raises ValueError for an unknown name, and for a backend that is not installed or does not take the options.
+    Raises ValueError for an unknown name, BaselineError for a backend that is not installed or refuses the options.
     """
     if name not in BASELINES:
         raise ValueError(f"no baseline named {name!r}; there are: {', '.join(BASELINES)}")
@@ -40,7 +61,14 @@ def quantized_cache(name: str, model: PreTrainedModel, **options: int) -> Quanti
     try:
         return QuantizedCache(backend, model.config, **{**defaults, **options})
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{name}: {' '.join(str(error).split())} ({_INSTALL[backend]})") from error
+        raise BaselineError(f"{name}: {' '.join(str(error).split())} ({_INSTALL[backend]})") from error
+
+
+def full_nbytes(cache: QuantizedCache, model: PreTrainedModel) -> int:
+    """What a 16-bit cache of the tokens seen so far would hold."""
+    config = model.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return cache.get_seq_length() * len(cache.layers) * 2 * config.num_key_value_heads * head_dim * 2
 
 
 def held_nbytes(cache: QuantizedCache) -> int:

@@ -19,7 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, QuantizedCache
 
+from kvbench.baselines import Baseline, BaselineError, full_nbytes, held_nbytes, quantized_cache
 from kvbench.cache import CompressedCache, signals
 from kvbench.policies.full import Full
 from kvbench.policies.interface import BudgetError, Evictor, Policy, Selector, Stack
@@ -143,7 +145,7 @@ def run_stacks(
             if runs[i].infeasible is None:
                 try:
                     part = _replay(model, tokenizer, task, record, ids, mask, folded[i], batch, prefill_seconds)
-                except BudgetError as error:
+                except (BudgetError, BaselineError) as error:
                     part = Run(infeasible=str(error))
                 on_finished(i, part)
                 runs[i].add(part)
@@ -172,7 +174,7 @@ def _left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     return ids, mask
 
 
-def _forward(model: PreTrainedModel, cache: CompressedCache, ids: Tensor, mask: Tensor, logits: int) -> Tensor:
+def _forward(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor, logits: int) -> Tensor:
     """Feeds ids [B, T] (mask [B, seen + T]) and returns the last `logits` logits [B, logits, V]."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     return model(
@@ -209,6 +211,14 @@ def _replay(
     prefill_seconds: float,
 ) -> Run:
     """One stack on one prefilled batch; prefix, mask [B, T]."""
+    baseline = next((p for p in stack.policies if isinstance(p, Baseline)), None)
+    if baseline is not None:
+        if len(stack.policies) > 1:
+            raise BaselineError(f"{baseline.name} packs by itself: it cannot be stacked with {stack.policies[0]}")
+        run = Run()
+        for prompt in batch:  # pads would enter its groups
+            run.add(_run_baseline(model, tokenizer, task, baseline, prompt))
+        return run
     started = time.perf_counter()
     if stack.block is None:
         cache = record.fork(stack)
@@ -216,23 +226,68 @@ def _replay(
         cache, prefill_seconds = CompressedCache(model, stack, tokenizer=tokenizer), 0.0
         _forward(model, cache, prefix, mask, logits=1)
     compress_seconds = time.perf_counter() - started
-    prefill_bytes, prefill_full = cache.row_nbytes(), _full_row_nbytes(cache)
+    held, full = cache.row_nbytes(), _full_row_nbytes(cache)
     kept = torch.stack([layer.kv.counts.per_head.float().mean(1).cpu() for layer in cache.policy_layers()]).mean(0)
-    checks = _checks(stack, cache, prefill_bytes, prefill_full)
+    prefilled = Prefilled(held.tolist(), full.tolist(), kept.tolist(), prefill_seconds, compress_seconds)
+    checks = _checks(stack, cache, held, full)
+    selects = any(isinstance(p, Selector) for p in stack.policies)
+    run = _answer(model, tokenizer, task, cache, mask, batch, prefilled, stepwise=selects)
+    run.checks = checks | run.checks
+    return run
 
+
+def _run_baseline(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, baseline: Baseline, prompt: Prompt
+) -> Run:
+    """One of transformers' own caches, which prefills by itself, on one sample."""
+    started = time.perf_counter()
+    ids, mask = _left_pad([prompt.prefix], model.device)
+    cache = quantized_cache(baseline.name, model)
+    _forward(model, cache, ids, mask, logits=1)
+    held, full = held_nbytes(cache), full_nbytes(cache, model)
+    prefilled = Prefilled([held], [full], [float(len(prompt.prefix))], time.perf_counter() - started, 0.0)
+    run = _answer(model, tokenizer, task, cache, mask, [prompt], prefilled)
+    run.checks = {"fired": held < full, "bytes_ok": True}
+    return run
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """What a batch holds once it is prefilled and compressed: per row bytes, bytes of a full cache, slots per head."""
+
+    nbytes: list[int]
+    full_nbytes: list[int]
+    kept: list[float]
+    prefill_seconds: float
+    compress_seconds: float
+
+
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    cache: CompressedCache | QuantizedCache,
+    mask: Tensor,
+    batch: list[Prompt],
+    prefilled: Prefilled,
+    stepwise: bool = False,
+) -> Run:
+    """Feeds what was held back, then decodes or scores; mask [B, T] of the prefix.
+
+    stepwise: a selector is at work; it chooses at each decode step, so targets are scored on single steps.
+    """
     started = time.perf_counter()
     ids, new_mask = _left_pad([p.held_back for p in batch], model.device)
     mask = torch.cat([mask, new_mask], dim=1)
     if task.kind == "nll":
-        # Selectors choose at each decode step, so they are scored on single steps.
-        steps = ids.split(1 if any(isinstance(p, Selector) for p in stack.policies) else ids.shape[1], dim=1)
+        steps = ids.split(1 if stepwise else ids.shape[1], dim=1)
         logits, until = [], mask.shape[1] - ids.shape[1]
         for part in steps:
             until += part.shape[1]
             logits.append(_forward(model, cache, part, mask[:, :until], logits=part.shape[1]))
         likely = torch.cat(logits, dim=1).float().log_softmax(-1)
         outcomes = [_score_target(row[-len(p.target) :], p.target) for row, p in zip(likely, batch, strict=True)]
-        finals = _bytes_now(cache)
+        finals = _bytes_now(cache, model)
     else:
         tokens, finals = _generate(model, tokenizer, cache, ids, mask, batch)
         outcomes = []
@@ -246,8 +301,7 @@ def _replay(
                     "n_generated": len(generated),
                 }
             )
-    if any(isinstance(p, Selector) for p in stack.policies):
-        checks["fired"] = all(read < held for held, _, read in finals)
+    checks = {"fired": all(read < held for held, _, read in finals)} if stepwise else {}
     decode_seconds = time.perf_counter() - started
     rows = [
         {
@@ -255,19 +309,19 @@ def _replay(
             "prompt_sha256": prompt.sha256,
             **outcome,
             "n_prompt_tokens": len(prompt.prefix) + (0 if task.kind == "nll" else len(prompt.held_back)),
-            "kept_tokens": float(kept[i]),
-            "kv_bytes_prefill_end": int(prefill_bytes[i]),
+            "kept_tokens": prefilled.kept[i],
+            "kv_bytes_prefill_end": prefilled.nbytes[i],
             "kv_bytes_final": finals[i][0],
             "kv_bytes_read_final": finals[i][2],
-            "kv_bytes_full": int(prefill_full[i]),
+            "kv_bytes_full": prefilled.full_nbytes[i],
             "kv_bytes_full_final": finals[i][1],
-            "prefill_s": (prefill_seconds + compress_seconds) / len(batch),
+            "prefill_s": (prefilled.prefill_seconds + prefilled.compress_seconds) / len(batch),
             "decode_s": decode_seconds / len(batch),
             "meta": dict(prompt.sample.meta) | {"length": prompt.sample.length},
         }
         for i, (prompt, outcome) in enumerate(zip(batch, outcomes, strict=True))
     ]
-    return Run(rows, checks, seconds=compress_seconds + decode_seconds)
+    return Run(rows, checks, seconds=prefilled.compress_seconds + decode_seconds)
 
 
 def _score_target(log_probabilities: Tensor, target: list[int]) -> dict[str, Any]:
@@ -278,7 +332,7 @@ def _score_target(log_probabilities: Tensor, target: list[int]) -> dict[str, Any
 def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    cache: CompressedCache,
+    cache: CompressedCache | QuantizedCache,
     ids: Tensor,
     mask: Tensor,
     batch: list[Prompt],
@@ -303,7 +357,7 @@ def _generate(
             if chosen in stops or full or any(stop in text for stop in prompt.sample.stop):
                 just_done.append(i)
         if just_done:
-            now = _bytes_now(cache)
+            now = _bytes_now(cache, model)
             for i in just_done:
                 finals[i] = now[i]
         if all(f is not None for f in finals) or step == longest - 1:
@@ -313,8 +367,11 @@ def _generate(
     return generated, [f for f in finals if f is not None]
 
 
-def _bytes_now(cache: CompressedCache) -> list[tuple[int, int, int]]:
+def _bytes_now(cache: CompressedCache | QuantizedCache, model: PreTrainedModel) -> list[tuple[int, int, int]]:
     """Per row: bytes held, bytes of the 16-bit full cache, bytes that the last forward read."""
+    if isinstance(cache, QuantizedCache):
+        held = held_nbytes(cache)
+        return [(held, full_nbytes(cache, model), held)]
     parts = (cache.row_nbytes(), _full_row_nbytes(cache), cache.row_read_nbytes())
     return list(zip(*(part.tolist() for part in parts), strict=True))
 

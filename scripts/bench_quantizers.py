@@ -165,8 +165,7 @@ def measurements(options: argparse.Namespace) -> Iterator[tuple[str, str, Callab
     record = recorded(options.prompt)
     heads, dim = record[0][0][0].shape[1], record[0][0][0].shape[3]
     for name, policy in configured("quant", "none"):
-        assert isinstance(policy, Quantizer)
-        if options.quantizers and name not in options.quantizers:
+        if not isinstance(policy, Quantizer) or (options.quantizers and name not in options.quantizers):
             continue
         whole = packs_everything(policy)
         bits = dict(zip(("key_bits", "value_bits"), bits_per_element(policy), strict=True))

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import yaml
 
-import kvbench.policies
 from kvbench.policies.interface import Budgeted, Draft, Evictor, Policy, Quantizer, Repeat, Selector, SoftTokens, Step
 from kvbench.results import ResultsError, read_cells
 
@@ -32,8 +31,9 @@ MEMORY, TASKS = 0.25, ("recall", "niah", "ppl")
 
 
 def build(conf: Mapping[str, Any], budget: Any = 4096) -> Policy:
-    """The policy a file of conf/evict names; a wrapper's budget is that of the evictor it wraps."""
-    target = getattr(kvbench.policies, conf["_target_"].rpartition(".")[2])
+    """The policy a file of conf names; a wrapper's budget is that of the evictor it wraps."""
+    module, _, name = conf["_target_"].rpartition(".")
+    target = getattr(importlib.import_module(module), name)
     options = {k: build(v, budget) if k == "base" else v for k, v in conf.items() if k != "_target_"}
     return target(**options) if "base" in conf or not issubclass(target, Budgeted) else target(budget, **options)
 
@@ -155,14 +155,15 @@ def quantizers() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     nan = float("nan"), float("nan")
     for name, policy in configured("quant", "none"):
-        assert isinstance(policy, Quantizer)
         alone, stacked = kept.get(("full", name, None, None), nan), kept.get(("snapkv", name, 0.125, None), nan)
+        if isinstance(policy, Quantizer):
+            bits = " / ".join(f"{bits:.4g}" for bits in bits_per_element(policy))
+            what = f"`{policy}` {source(policy)}", bits, windows(policy), calibration(policy)
+        else:
+            what = f"transformers' `QuantizedCache`: {name.removeprefix('hf_')}", "–", "–", "–"
         yield row(
             f"`{name}`",
-            f"`{policy}` {source(policy)}",
-            " / ".join(f"{bits:.4g}" for bits in bits_per_element(policy)),
-            windows(policy),
-            calibration(policy),
+            *what,
             f"{percent(alone[0])} at {percent(alone[1])}" if alone[0] == alone[0] else "–",
             percent(stacked[0]) if stacked[0] == stacked[0] else "–",
             deviations(policy),

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 
+from kvbench import baselines
+from kvbench.baselines import Baseline, quantized_cache
 from kvbench.engine import Run, prepare, run_stacks
 from kvbench.policies import FP8, H2O, KIVI, Full, KeyDiff, Random, SnapKV, Stack, StreamingLLM
 from kvbench.tasks import Niah, Ppl, Recall
@@ -129,3 +131,45 @@ def test_prompts_that_do_not_fit_or_are_empty(tiny):
 
     with pytest.raises(ValueError, match="empty prompt"):
         run_stacks(model, tokenizer, Empty(), [Full()])
+
+
+@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no FP8 cache")
+def test_caches_of_transformers_run_as_baselines(tiny):
+    model, tokenizer = tiny
+    tasks = Niah(lengths=(200, 260), depths=(0, 50), repeats=1), Ppl(prefix=150, score_tokens=40, count=2)
+    for task in tasks:
+        stacks = [Stack((Baseline("hf_fp8"),)), Stack((SnapKV(0.5, window=8), Baseline("hf_fp8")))]
+        alone, stacked = run_stacks(model, tokenizer, task, stacks, batch_size=3)
+        assert alone.checks == {"fired": True, "bytes_ok": True} and alone.infeasible is None
+        assert not stacked.rows and "hf_fp8 packs by itself: it cannot be stacked with SnapKV" in stacked.infeasible
+        prompts = {p.sample.sample_id: p for p in prepare(task, tokenizer, False, None)}
+        for row in alone.rows:
+            prompt = prompts[row["sample_id"]]
+            assert row["kv_bytes_full"] == len(prompt.prefix) * 512
+            assert 0.5 * row["kv_bytes_full"] < row["kv_bytes_prefill_end"] < 0.51 * row["kv_bytes_full"]
+            if task.kind == "nll":
+                continue
+            cache = quantized_cache("hf_fp8", model)
+            with torch.no_grad():
+                model(torch.tensor([prompt.prefix]), past_key_values=cache)
+                ids = torch.tensor([[*prompt.prefix, *prompt.held_back]])
+                out = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False,
+                    max_new_tokens=prompt.sample.max_new_tokens,
+                )  # fmt: skip
+            expected = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            assert expected.startswith(row["prediction"]) and row["kv_bytes_final"] > row["kv_bytes_prefill_end"]
+
+
+def test_a_baseline_whose_backend_is_missing_says_so(tiny, monkeypatch):
+    model, tokenizer = tiny
+
+    def missing(*_, **__):
+        raise ImportError("You need to install optimum-quanto")
+
+    monkeypatch.setattr(baselines, "QuantizedCache", missing)
+    task = Niah(lengths=(200,), depths=(0,), repeats=1)
+    (run,) = run_stacks(model, tokenizer, task, [Stack((Baseline("hf_quanto4"),))])
+    assert run.infeasible == "hf_quanto4: You need to install optimum-quanto (pip install optimum-quanto)"
+    with pytest.raises(ValueError, match="no baseline named 'hf_int3'; there are: hf_quanto2, "):
+        Baseline("hf_int3")
