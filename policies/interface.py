@@ -472,7 +472,7 @@ class Budgeted(Policy):
         quantizer = step.quantizer
         held = slots * (2 * head_dim * itemsize)
         if quantizer is not None:
-            held = quantizer.slot_nbytes(slots, 1, head_dim, itemsize, step)
+            held = quantizer.slot_nbytes(slots, 1, head_dim, itemsize, step, evicted=evicted)
         stack = step.stack or (self,)
         state = 4 * any("attention" in p.needs for p in stack)
         state += sum(p.slot_state_nbytes - 4 * ("attention" in p.needs) for p in stack if isinstance(p, Budgeted))
@@ -780,14 +780,27 @@ class Quantizer(Policy):
         seen = torch.full((keys.shape[0],), keys.shape[2], device=keys.device)
         return self(KV.of(keys, values), Step(layer=0, prompt=seen, seen=seen) if step is None else step)
 
-    def slot_nbytes(self, slots: Tensor, heads: int, head_dim: int, itemsize: int, step: Step | None = None) -> Tensor:
-        """Exact bytes of keys and values of one row of the layer of `step`, once `slots` (int tensor) are packed."""
+    def slot_nbytes(
+        self,
+        slots: Tensor,
+        heads: int,
+        head_dim: int,
+        itemsize: int,
+        step: Step | None = None,
+        *,
+        evicted: Tensor | bool = False,
+    ) -> Tensor:
+        """Exact bytes of keys and values of one row of the layer of `step`, once `slots` (int tensor) are packed.
+
+        evicted: whether slots were lost, after which formats that depend on positions must store them.
+        """
         total = torch.zeros_like(slots)
         for i, (codec, keep) in enumerate(zip(self.codecs(step), self.keeps, strict=True)):
             body = packed = torch.zeros_like(slots)
             if codec is not None:
                 packed = self.flush(slots - slots.clamp(max=keep))[i]
                 body = packed * codec.row_nbytes(head_dim) + packed // codec.group * codec.group_nbytes(head_dim)
+                body = body + packed * (4 * (codec.first is not None) * evicted)
             total += heads * (body + (slots - packed) * head_dim * itemsize)
         return total
 

@@ -4,7 +4,7 @@
     python scripts/bench_quantizers.py --quick    # small shapes: does it run?
 
 One row per file of conf/quant and kind of measurement is appended to rows.jsonl; rows that are there are not measured
-again. Sinks and residual windows are switched off, so that every token is packed.
+again. Sinks and residual windows are switched off where a format allows that, so that every token is packed.
 
 kind "error": keys, values and queries of one prompt of the proving model, every layer. key_error, value_error:
     |decoded - x| / |x|; output_error: |attention over decoded - attention| / |attention| of the last 64 queries.
@@ -51,7 +51,13 @@ def packs_everything(policy: Quantizer) -> Quantizer:
     """`policy` without sinks and residual window."""
     if isinstance(policy, Mixed):
         return Mixed(*(None if part is None else packs_everything(part) for part in (policy.k, policy.v)))
-    return replace(policy, **{f.name: 0 for f in fields(policy) if f.name in ("sinks", "residual")})
+    exact = replace(policy, sinks=0)
+    if "residual" not in {f.name for f in fields(policy)}:
+        return exact
+    try:
+        return replace(exact, residual=0)
+    except ValueError:  # formats of whole chunks of `residual` tokens
+        return exact
 
 
 def step_of(order: int, tokens: int, layers: int, frequency: Tensor) -> Step:

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kvbench import CompressedCache
+from kvbench.corpus import document
 from kvbench.kernels.rotation import rotate
 from kvbench.policies import FP8, KV, KVQuant, Mixed, Quantizer, Step, StreamingLLM
 from kvbench.policies.kvquant import DynamicPerToken, StaticPerChannel, artifact
@@ -488,8 +489,6 @@ def relative_errors(cache: CompressedCache, exact: CompressedCache) -> list[tupl
 
 @pytest.mark.parametrize("bits, most", [(4, 0.11), (3, 0.2), (2, 0.4)])
 def test_decoded_keys_of_the_proving_model_are_close(proving: tuple, bits: int, most: float) -> None:
-    from kvbench.corpus import document
-
     model, tokenizer = proving
     texts = [document(1000, 12), document(1001, 8)]
     batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
@@ -511,8 +510,6 @@ def test_decoded_keys_of_the_proving_model_are_close(proving: tuple, bits: int, 
 
 
 def test_behind_an_evictor_keys_keep_their_positions(proving: tuple) -> None:
-    from kvbench.corpus import document
-
     model, tokenizer = proving
     ids = tokenizer(document(1002, 12), return_tensors="pt").input_ids
     exact = CompressedCache(model)
@@ -523,3 +520,14 @@ def test_behind_an_evictor_keys_keep_their_positions(proving: tuple) -> None:
                 model(part, past_key_values=held)
     assert cache.layers[0].kv.counts.even == 40 and cache.layers[0].kv.keys.body.at is not None
     assert max(max(pair) for pair in relative_errors(cache, exact)[:1]) < 0.11  # the first layer's input is exact
+
+
+@pytest.mark.parametrize("memory", [0.125, 0.25])
+def test_a_byte_budget_counts_the_positions_that_eviction_makes_explicit(proving: tuple, memory: float) -> None:
+    model, tokenizer = proving
+    ids = torch.tensor([tokenizer.encode(document(5, 400), add_special_tokens=False)[:900]])
+    cache = CompressedCache(model, StreamingLLM(memory=memory) | KVQuant(3, sinks=1))
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+    held, slots = int(cache.row_nbytes()), cache.layers[0].kv.counts.even
+    assert held <= memory * 4 * 2 * 2 * 900 * 64 * 2 < held * (slots + 4) / slots
