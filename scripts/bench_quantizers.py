@@ -65,6 +65,12 @@ def step_of(order: int, tokens: int, layers: int, frequency: Tensor) -> Step:
     return Step(order, seen, seen, order=order, layers=layers, inverse_frequency=frequency)
 
 
+def packed_by(policy: Quantizer, keys: Tensor, values: Tensor, attention: Tensor, step: Step) -> KV:
+    """attention [B, H, T]: what formats that look at importance need; others only carry it along."""
+    kv = policy(KV.of(keys, values).with_columns(attention=attention), step)
+    return KV(kv.keys, kv.values)
+
+
 def relative(x: Tensor, exact: Tensor) -> float:
     return float((x.float() - exact.float()).norm() / exact.float().norm())
 
@@ -83,23 +89,25 @@ def output_error(
 
 
 @torch.inference_mode()
-def recorded(tokens: int) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor, float]:
-    """Per layer keys, values [1, H, T, D] and the last queries [1, Hq, 64, D]; RoPE frequencies; scaling."""
+def recorded(tokens: int) -> tuple[list[tuple[Tensor, Tensor, Tensor, Tensor]], Tensor, float]:
+    """Per layer keys, values [1, H, T, D], the last queries [1, Hq, 64, D] and the attention that each token received
+    [1, H, T]; RoPE frequencies; scaling."""
     model, tokenizer = load_model("proving", "proving", "float32")
     ids = torch.tensor([tokenizer.encode(document(7, tokens // 2), add_special_tokens=False)[:tokens]])
-    cache = CompressedCache(model, Full(), needs={"queries": 64, "rope": 1})
+    cache = CompressedCache(model, Full(), needs={"queries": 64, "attention": 1, "rope": 1})
     with cache.deferred():
         model(ids, past_key_values=cache)
     layers = cache.policy_layers()
-    found = [(layer.kv.keys.dense(), layer.kv.values.dense(), layer.queries) for layer in layers]
+    found = [(*layer.kv.decode(), layer.queries, layer.kv.columns["attention"]) for layer in layers]
     return found, cache.frequency(0), layers[0].geometry["scaling"]  # type: ignore[return-value]
 
 
 def errors(policy: Quantizer, record: Any) -> dict[str, float]:
     layers, frequency, scaling = record
     total = {"key_error": 0.0, "value_error": 0.0, "output_error": 0.0}
-    for order, (keys, values, queries) in enumerate(layers):
-        kv = policy.encode(keys, values, step_of(order, keys.shape[2], len(layers), frequency))
+    for order, (keys, values, queries, attention) in enumerate(layers):
+        now = step_of(order, keys.shape[2], len(layers), frequency)
+        kv = packed_by(policy, keys, values, attention, now)
         decoded = kv.decode()
         total["key_error"] += relative(decoded[0], keys) / len(layers)
         total["value_error"] += relative(decoded[1], values) / len(layers)
@@ -112,7 +120,7 @@ def hard_keys(policy: Quantizer, record: Any) -> dict[str, float]:
     layers, frequency, scaling = record
     generator = torch.Generator().manual_seed(0)
     total: dict[str, float] = {}
-    for order, (keys, values, queries) in enumerate(layers):
+    for order, (keys, values, queries, attention) in enumerate(layers):
         tokens, dim = keys.shape[2], keys.shape[3]
         now = step_of(order, tokens, len(layers), frequency)
         # As large against the keys as that of Qwen2.5-7B: a norm of about 600 against 20, in a few pairs of channels.
@@ -123,7 +131,7 @@ def hard_keys(policy: Quantizer, record: Any) -> dict[str, float]:
         shifted = keys + rotate(bias.expand_as(keys), torch.arange(tokens).view(1, 1, -1), frequency)
         sinks = torch.full((queries.shape[1],), 3.0)
         for name, k, sink in (("plain", keys, None), ("bias", shifted, None), ("sinks", keys, sinks)):
-            lost = output_error(policy.encode(k, values, now), k, values, queries, scaling, sink)
+            lost = output_error(packed_by(policy, k, values, attention, now), k, values, queries, scaling, sink)
             total[name] = total.get(name, 0.0) + lost / len(layers)
     return total
 
@@ -147,7 +155,8 @@ def times(policy: Quantizer, tokens: int, heads: int, group: int, dim: int, repe
     frequency = 1.0 / 10_000 ** (torch.arange(0, dim, 2) / dim)
     half = [x.bfloat16() for x in (keys, values)]
     now = step_of(0, tokens, 4, frequency)  # as many layers as what was calibrated for the proving model
-    kv = policy.encode(*half, now)
+    attention = torch.rand(1, heads, tokens)
+    kv = packed_by(policy, *half, attention, now)
     options = {"scaling": dim**-0.5}
 
     def packed() -> Any:
@@ -159,7 +168,7 @@ def times(policy: Quantizer, tokens: int, heads: int, group: int, dim: int, repe
         packed()
     return {
         "tokens": tokens, "heads": heads, "group": group, "head_dim": dim, "nbytes": kv.nbytes,
-        "encode_s": seconds(lambda: policy.encode(*half, now), 1),
+        "encode_s": seconds(lambda: packed_by(policy, *half, attention, now), 1),
         "attend_s": seconds(packed, repeats), "peak_bytes": alive.peak,
         "dense_fp32_s": seconds(lambda: attend(query, keys, values, at, slots, **options), repeats),
         "dense_bf16_s": seconds(lambda: attend(query.bfloat16(), *half, at, slots, **options), repeats),
