@@ -116,7 +116,15 @@ def encode_e4m3(x: Tensor) -> Tensor:
 
 def decode_e4m3(codes: Tensor) -> Tensor:
     """Bytes of float8 E4M3FN, uint8 -> float32 of the same shape, exact."""
-    return codes.view(torch.float8_e4m3fn).float()
+    if codes.device.type != "cpu":
+        return codes.view(torch.float8_e4m3fn).float()
+    return _e4m3_values().index_select(0, codes.flatten().int()).view(codes.shape)  # twice as fast as the cast
+
+
+@lru_cache(maxsize=1)
+def _e4m3_values() -> Tensor:
+    """[256] float32."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def encode_e5m2(x: Tensor) -> Tensor:
