@@ -77,7 +77,8 @@ def test_packed_keys_are_turned_too(tiny, do) -> None:
     held.keys.tail.copy_(cache.layers[0].kv.keys.dense())
     held.values.tail.copy_(cache.layers[0].kv.values.dense())
     token = torch.tensor([[5]])
-    assert torch.equal(do.feed(model, cache, token), do.feed(model, dense, token))
+    got, expected = do.feed(model, cache, token), do.feed(model, dense, token)  # one tile by tile, one at once
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_rotate() -> None:
