@@ -54,20 +54,20 @@ ITERATIONS = 50
 # ---------------------------------------------------------------- what the model reads
 
 
-def samples(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[list[int]]:
-    """--samples lists of --tokens ids: windows of the texts, or the beginnings of generated documents."""
+def samples(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, scheme: str) -> list[list[int]]:
+    """--samples lists of --tokens ids: windows of the texts, or the beginnings of generated documents of `scheme`."""
     first, found = bos(tokenizer), []
     if args.text:
         ids = [i for path in args.text for i in encode(tokenizer, path.read_text(encoding="utf-8"))]
         if len(ids) < args.tokens:
             raise ValueError(f"the texts have {len(ids)} tokens, fewer than --tokens {args.tokens}")
     for i in range(args.samples):
-        rng = rng_for(args.seed, "kvquant", i)
+        rng = rng_for(args.seed, scheme, i)
         if args.text:
             start = rng.randrange(len(ids) - args.tokens + 1)
             row = first + ids[start : start + args.tokens]
         else:  # a sentence has more than five tokens
-            row = first + encode(tokenizer, document(rng.randrange(2**32), args.tokens // 5 + 1, "kvquant"))
+            row = first + encode(tokenizer, document(rng.randrange(2**32), args.tokens // 5 + 1, scheme))
         found.append(row[: args.tokens])
     return found
 
@@ -118,7 +118,7 @@ def collect(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
 ) -> tuple[int, int, int]:
     """Notes every sample into a file of --work that is not there yet; returns (layers, heads, head_dim)."""
-    rows, notes = samples(tokenizer, args), Notes(model)
+    rows, notes = samples(tokenizer, args, "kvquant"), Notes(model)
     settings, file = {name: str(getattr(args, name)) for name in SETTINGS}, args.work / "settings.json"
     if not args.resume:
         clear(args.work)

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from calibrate_kvquant import samples
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
@@ -30,9 +31,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvbench import CompressedCache
-from kvbench.corpus import document, rng_for
 from kvbench.policies.million import BITS, SHIPPED
-from kvbench.tasks.sample import bos, encode
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("keys", "values")
@@ -41,24 +40,6 @@ BLOCK_ELEMENTS = 2**22
 
 
 # ---------------------------------------------------------------- what the model reads
-
-
-def samples(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[list[int]]:
-    """--samples lists of --tokens ids: windows of the texts, or the beginnings of generated documents."""
-    first, found = bos(tokenizer), []
-    if args.text:
-        ids = [i for path in args.text for i in encode(tokenizer, path.read_text(encoding="utf-8"))]
-        if len(ids) < args.tokens:
-            raise ValueError(f"the texts have {len(ids)} tokens, fewer than --tokens {args.tokens}")
-    for i in range(args.samples):
-        rng = rng_for(args.seed, "million", i)
-        if args.text:
-            start = rng.randrange(len(ids) - args.tokens + 1)
-            row = first + ids[start : start + args.tokens]
-        else:  # a sentence has more than five tokens
-            row = first + encode(tokenizer, document(rng.randrange(2**32), args.tokens // 5 + 1, "million"))
-        found.append(row[: args.tokens])
-    return found
 
 
 @torch.no_grad()
@@ -85,7 +66,7 @@ def collect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: ar
         changed = [name for name in SETTINGS if old.get(name) != settings[name]]
         raise ValueError(f"{file} has other values of {', '.join(changed)}; use those, or start without --resume")
     file.write_text(json.dumps(settings))
-    for i, row in enumerate(tqdm(samples(tokenizer, args), "samples", mininterval=5)):
+    for i, row in enumerate(tqdm(samples(tokenizer, args, "million"), "samples", mininterval=5)):
         target = args.work / f"sample_{i:04d}.safetensors"
         if not target.exists():
             write(target, note(model, row, -(-args.vectors // args.samples), i))
