@@ -9,65 +9,19 @@ policy.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, QuantizedCache
 
+from kvbench.answer import Prefilled, Prompt, Run, Task, answer, forward, full_row_nbytes, left_pad
 from kvbench.baselines import Baseline, BaselineError, full_nbytes, held_nbytes, quantized_cache
 from kvbench.cache import CompressedCache, signals
 from kvbench.policies.full import Full
 from kvbench.policies.interface import BudgetError, Evictor, Policy, Selector, Stack
-from kvbench.tasks.sample import Sample
-
-
-class Task(Protocol):
-    """What the engine asks of a task; see `kvbench.tasks`."""
-
-    name: str
-    kind: str  # "generate" or "nll"
-
-    def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]: ...
-
-    def score(self, sample: Sample, prediction: str) -> float: ...
-
-
-@dataclass
-class Run:
-    """What one stack did on one task: a row per sample, checks, and why it could not run, if it could not."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    checks: dict[str, Any] = field(default_factory=dict)
-    infeasible: str | None = None
-    seconds: float = 0.0
-
-    def add(self, part: Run) -> None:
-        """Takes in what another batch of the same stack gave."""
-        self.rows = [] if part.infeasible else [*self.rows, *part.rows]
-        self.infeasible = self.infeasible or part.infeasible
-        self.checks = {k: self.checks.get(k, True) and v for k, v in part.checks.items()}
-        self.seconds += part.seconds
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A tokenized sample: `prefix` is prefilled and compressed, `held_back` fed afterwards, `target` scored (nll)."""
-
-    sample: Sample
-    prefix: list[int]
-    held_back: list[int]
-    target: list[int]
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(str([self.prefix, self.held_back, self.target]).encode()).hexdigest()
 
 
 def prepare(
@@ -136,7 +90,7 @@ def run_stacks(
             on_progress(len(open_runs))
             continue
         started = time.perf_counter()
-        ids, mask = _left_pad([p.prefix for p in batch], model.device)
+        ids, mask = left_pad([p.prefix for p in batch], model.device)
         record = _prefill(model, tokenizer, ids, mask, needs, prefill_chunk)
         if query_aware or task.kind == "nll":  # what is held back begins with the prompt's own last token
             record.next_token = torch.tensor([p.held_back[0] for p in batch], device=model.device)
@@ -166,23 +120,6 @@ def _batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
     return (ordered[i : i + size] for i in range(0, len(ordered), size))
 
 
-def _left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T] and mask [B, T]; pads are token 0, which no policy ever sees."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
-
-
-def _forward(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor, logits: int) -> Tensor:
-    """Feeds ids [B, T] (mask [B, seen + T]) and returns the last `logits` logits [B, logits, V]."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-        logits_to_keep=logits,
-    ).logits  # fmt: skip
-
-
 def _prefill(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -195,7 +132,7 @@ def _prefill(
     record = CompressedCache(model, Full(), tokenizer=tokenizer, needs=needs)
     with record.deferred():
         for start in range(0, ids.shape[1], chunk):
-            _forward(model, record, ids[:, start : start + chunk], mask[:, : start + chunk], logits=1)
+            forward(model, record, ids[:, start : start + chunk], mask[:, : start + chunk], logits=1)
     return record
 
 
@@ -224,14 +161,14 @@ def _replay(
         cache = record.fork(stack)
     else:
         cache, prefill_seconds = CompressedCache(model, stack, tokenizer=tokenizer), 0.0
-        _forward(model, cache, prefix, mask, logits=1)
+        forward(model, cache, prefix, mask, logits=1)
     compress_seconds = time.perf_counter() - started
-    held, full = cache.row_nbytes(), _full_row_nbytes(cache)
+    held, full = cache.row_nbytes(), full_row_nbytes(cache)
     kept = torch.stack([layer.kv.counts.per_head.float().mean(1).cpu() for layer in cache.policy_layers()]).mean(0)
     prefilled = Prefilled(held.tolist(), full.tolist(), kept.tolist(), prefill_seconds, compress_seconds)
     checks = _checks(stack, cache, held, full)
     selects = any(isinstance(p, Selector) for p in stack.policies)
-    run = _answer(model, tokenizer, task, cache, mask, batch, prefilled, stepwise=selects)
+    run = answer(model, tokenizer, task, cache, mask, batch, prefilled, stepwise=selects)
     run.checks = checks | run.checks
     return run
 
@@ -241,148 +178,14 @@ def _run_baseline(
 ) -> Run:
     """One of transformers' own caches, which prefills by itself, on one sample."""
     started = time.perf_counter()
-    ids, mask = _left_pad([prompt.prefix], model.device)
+    ids, mask = left_pad([prompt.prefix], model.device)
     cache = quantized_cache(baseline.name, model)
-    _forward(model, cache, ids, mask, logits=1)
+    forward(model, cache, ids, mask, logits=1)
     held, full = held_nbytes(cache), full_nbytes(cache, model)
     prefilled = Prefilled([held], [full], [float(len(prompt.prefix))], time.perf_counter() - started, 0.0)
-    run = _answer(model, tokenizer, task, cache, mask, [prompt], prefilled)
+    run = answer(model, tokenizer, task, cache, mask, [prompt], prefilled)
     run.checks = {"fired": held < full, "bytes_ok": True}
     return run
-
-
-@dataclass(frozen=True)
-class Prefilled:
-    """What a batch holds once it is prefilled and compressed: per row bytes, bytes of a full cache, slots per head."""
-
-    nbytes: list[int]
-    full_nbytes: list[int]
-    kept: list[float]
-    prefill_seconds: float
-    compress_seconds: float
-
-
-def _answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    cache: CompressedCache | QuantizedCache,
-    mask: Tensor,
-    batch: list[Prompt],
-    prefilled: Prefilled,
-    stepwise: bool = False,
-) -> Run:
-    """Feeds what was held back, then decodes or scores; mask [B, T] of the prefix.
-
-    stepwise: a selector is at work; it chooses at each decode step, so targets are scored on single steps.
-    """
-    started = time.perf_counter()
-    ids, new_mask = _left_pad([p.held_back for p in batch], model.device)
-    mask = torch.cat([mask, new_mask], dim=1)
-    if task.kind == "nll":
-        steps = ids.split(1 if stepwise else ids.shape[1], dim=1)
-        logits, until = [], mask.shape[1] - ids.shape[1]
-        for part in steps:
-            until += part.shape[1]
-            logits.append(_forward(model, cache, part, mask[:, :until], logits=part.shape[1]))
-        likely = torch.cat(logits, dim=1).float().log_softmax(-1)
-        outcomes = [_score_target(row[-len(p.target) :], p.target) for row, p in zip(likely, batch, strict=True)]
-        finals = _bytes_now(cache, model)
-    else:
-        tokens, finals = _generate(model, tokenizer, cache, ids, mask, batch)
-        outcomes = []
-        for prompt, generated in zip(batch, tokens, strict=True):
-            text = str(tokenizer.decode(generated, skip_special_tokens=True))
-            outcomes.append(
-                {
-                    "prediction": text,
-                    "score": task.score(prompt.sample, text),
-                    "nll": None,
-                    "n_generated": len(generated),
-                }
-            )
-    checks = {"fired": all(read < held for held, _, read in finals)} if stepwise else {}
-    decode_seconds = time.perf_counter() - started
-    rows = [
-        {
-            "sample_id": prompt.sample.sample_id,
-            "prompt_sha256": prompt.sha256,
-            **outcome,
-            "n_prompt_tokens": len(prompt.prefix) + (0 if task.kind == "nll" else len(prompt.held_back)),
-            "kept_tokens": prefilled.kept[i],
-            "kv_bytes_prefill_end": prefilled.nbytes[i],
-            "kv_bytes_final": finals[i][0],
-            "kv_bytes_read_final": finals[i][2],
-            "kv_bytes_full": prefilled.full_nbytes[i],
-            "kv_bytes_full_final": finals[i][1],
-            "prefill_s": (prefilled.prefill_seconds + prefilled.compress_seconds) / len(batch),
-            "decode_s": decode_seconds / len(batch),
-            "meta": dict(prompt.sample.meta) | {"length": prompt.sample.length},
-        }
-        for i, (prompt, outcome) in enumerate(zip(batch, outcomes, strict=True))
-    ]
-    return Run(rows, checks, seconds=prefilled.compress_seconds + decode_seconds)
-
-
-def _score_target(log_probabilities: Tensor, target: list[int]) -> dict[str, Any]:
-    nll = -log_probabilities.gather(1, torch.tensor(target, device=log_probabilities.device)[:, None]).mean().item()
-    return {"prediction": "", "score": math.exp(-nll), "nll": nll, "n_generated": 0}
-
-
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    cache: CompressedCache | QuantizedCache,
-    ids: Tensor,
-    mask: Tensor,
-    batch: list[Prompt],
-) -> tuple[list[list[int]], list[tuple[int, int, int]]]:
-    """Greedy decoding of the whole batch. Returns per row the tokens before a stop, and `_bytes_now` then."""
-    stops = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}
-    generated: list[list[int]] = [[] for _ in batch]
-    finals: list[tuple[int, int, int] | None] = [None] * len(batch)
-    longest = max(p.sample.max_new_tokens for p in batch)
-    logits = _forward(model, cache, ids, mask, logits=1)
-    for step in range(longest):
-        token = logits[:, -1].argmax(-1)
-        just_done = []
-        for i, (prompt, chosen) in enumerate(zip(batch, token.tolist(), strict=True)):
-            if finals[i] is not None:
-                continue
-            if chosen not in stops:
-                generated[i].append(chosen)
-            text = tokenizer.decode(generated[i]) if prompt.sample.stop else ""
-            full = len(generated[i]) >= prompt.sample.max_new_tokens
-            if chosen in stops or full or any(stop in text for stop in prompt.sample.stop):
-                just_done.append(i)
-        if just_done:
-            now = _bytes_now(cache, model)
-            for i in just_done:
-                finals[i] = now[i]
-        if all(f is not None for f in finals) or step == longest - 1:
-            break
-        mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
-        logits = _forward(model, cache, token[:, None], mask, logits=1)
-    return generated, [f for f in finals if f is not None]
-
-
-def _bytes_now(cache: CompressedCache | QuantizedCache, model: PreTrainedModel) -> list[tuple[int, int, int]]:
-    """Per row: bytes held, bytes of the 16-bit full cache, bytes that the last forward read."""
-    if isinstance(cache, QuantizedCache):
-        held = held_nbytes(cache)
-        return [(held, full_nbytes(cache, model), held)]
-    parts = (cache.row_nbytes(), _full_row_nbytes(cache), cache.row_read_nbytes())
-    return list(zip(*(part.tolist() for part in parts), strict=True))
-
-
-def _full_row_nbytes(cache: CompressedCache) -> Tensor:
-    """[B] bytes of a 16-bit cache that keeps every token of the row, full-attention layers."""
-    total = torch.zeros(len(cache.policy_layers()[0].seen), dtype=torch.int64)
-    for layer in cache.policy_layers():
-        per_token = 2 * sum(held.shape[1] * held.shape[3] for held in (layer.kv.keys, layer.kv.values))
-        total = total + layer.seen.cpu() * per_token
-    return total
 
 
 def _checks(stack: Stack, cache: CompressedCache, held: Tensor, full: Tensor) -> dict[str, bool]:

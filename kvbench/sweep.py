@@ -30,7 +30,8 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from kvbench.engine import Run, Task, prepare, run_stacks, steps_of
+from kvbench.answer import Run, Task
+from kvbench.engine import prepare, run_stacks, steps_of
 from kvbench.policies.full import Full
 from kvbench.policies.interface import Policy, Stack
 from kvbench.results import ResultsError, canonical, cell_id, has_cell, write_cell

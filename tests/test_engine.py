@@ -8,7 +8,8 @@ from transformers import DynamicCache, cache_utils
 
 from kvbench import baselines
 from kvbench.baselines import Baseline, quantized_cache
-from kvbench.engine import Run, prepare, run_stacks
+from kvbench.answer import Run
+from kvbench.engine import prepare, run_stacks
 from kvbench.policies import FP8, H2O, KIVI, Full, KeyDiff, Random, SnapKV, Stack, StreamingLLM
 from kvbench.tasks import Niah, Ppl, Recall
 from kvbench.tasks.sample import Sample

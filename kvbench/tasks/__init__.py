@@ -7,6 +7,6 @@ generated, `score(sample, prediction)` in [0, 1].
 from kvbench.tasks.niah import Niah
 from kvbench.tasks.ppl import Ppl
 from kvbench.tasks.recall import Recall
-from kvbench.tasks.sample import Sample
+from kvbench.tasks.sample import Sample, Turn
 
-__all__ = ["Niah", "Ppl", "Recall", "Sample"]
+__all__ = ["Niah", "Ppl", "Recall", "Sample", "Turn"]

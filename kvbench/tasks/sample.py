@@ -22,6 +22,16 @@ NOTE = "note : code for {key} {value} ."
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A further question about the same context, asked of the cache as the turns before it left it."""
+
+    query: str
+    answer_prefix: str
+    references: tuple[str, ...]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
 class Sample:
     """One prompt in three segments and what counts as right.
 
@@ -32,7 +42,10 @@ class Sample:
     sample_id: unique within a project; the same id is the same prompt, whatever else was drawn beside it
     references: accepted answers, without leading blank for "generate" tasks; the continuation for "nll" tasks
     length: requested tokens, answer included
-    meta: depth in percent (as asked for, or else as measured in tokens of the context without the needle), needle text
+    chat: whether context + query are the user's message to a chat model, and the answer prefix begins its reply
+    min_new_tokens: so many tokens are generated before a stop counts
+    turns: further questions
+    meta: cluster (samples of one share a context), depth in percent (as asked for, or else as measured in tokens of the context without the needle), needle text
         and its character span in `context`, seed, ...
     """
 
@@ -45,6 +58,9 @@ class Sample:
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     length: int = 0
+    chat: bool = False
+    min_new_tokens: int = 0
+    turns: tuple[Turn, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
