@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvbench.kernels.fold import mix_per_token, scores_per_channel, scores_per_token
 from kvbench.kernels.packing import cast, divide, pack_planar, unpack_planar
 from kvbench.policies.interface import Quantizer, Step
 from kvbench.policies.store import Codec, Packed, Where
@@ -98,6 +99,14 @@ class PerChannel:
             x.mul_(packed.group_rows("scale")).add_(packed.group_rows("zero"))
         return cast(x, packed.dtype)
 
+    def scores(self, packed: Packed, query: Tensor) -> Tensor:
+        lists, _, channels = query.shape
+        if packed.group_of is not None:  # after eviction, rows of a group are neighbours no more
+            return query @ self.decode(packed).view(lists, -1, channels).transpose(1, 2)
+        codes = packed.rows["codes"].view(lists, -1, channels * self.bits // 8)
+        scale, zero = (packed.groups[k].view(lists, -1, channels) for k in ("scale", "zero"))
+        return scores_per_channel(query, codes, self.bits, scale, zero)
+
     def row_nbytes(self, head_dim: int) -> int:
         return head_dim * self.bits // 8
 
@@ -124,11 +133,24 @@ class PerToken:
         shared.mul_(packed.rows["scale"][..., None]).add_(packed.rows["zero"][..., None])
         return cast(x, packed.dtype)
 
+    def scores(self, packed: Packed, query: Tensor) -> Tensor:
+        return scores_per_token(query, *self._parts(packed, len(query)))
+
+    def mix(self, packed: Packed, weights: Tensor) -> Tensor:
+        return mix_per_token(weights, *self._parts(packed, len(weights)))
+
+    def _parts(self, packed: Packed, lists: int) -> tuple[Tensor, int, Tensor, Tensor]:
+        codes, scale, zero = (x.unflatten(0, (lists, -1)) for x in map(packed.rows.__getitem__, _PARTS))
+        return codes, self.bits, scale, zero
+
     def row_nbytes(self, head_dim: int) -> int:
         return head_dim * self.bits // 8 + 4 * (head_dim // self.group_size)
 
     def group_nbytes(self, head_dim: int) -> int:
         return 0
+
+
+_PARTS = ("codes", "scale", "zero")
 
 
 def _affine(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:

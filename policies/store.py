@@ -190,6 +190,11 @@ class Codec(Protocol):
 
     first: None, or this format depends on positions, and a list that lost nothing begins with the token of this
     position (those before it are sinks).
+
+    Two methods are optional, for formats whose rows need not be decoded to be attended to. In both, the lists L of
+    `packed` are equally long, n rows each, and all is float32:
+        scores(packed, query [L, M, D]) -> [L, M, n], the products of queries and decoded rows;
+        mix(packed, weights [L, M, n]) -> [L, M, D], the weighted sums of decoded rows.
     """
 
     @property
@@ -282,6 +287,26 @@ class Packed:
 
     def columns(self, start: int, stop: int) -> Tensor:
         """[B, H, stop - start, D] float32: these columns of every list, all of them equally long."""
+        part, skip = self._cut(start, stop)
+        return unflatten(part.dense_rows(), part.counts)[:, :, skip : skip + stop - start]
+
+    def scores(self, query: Tensor, start: int, stop: int) -> Tensor:
+        """query [B, H, M, D] float32 times these columns of every list: [B, H, M, stop - start]."""
+        part, skip = self._cut(start, stop)
+        found = scores(part, query.flatten(0, 1)).unflatten(0, self.counts.shape)
+        return found[..., skip : skip + stop - start]
+
+    def mix(self, weights: Tensor, start: int, stop: int) -> Tensor:
+        """These columns of every list, weighted by [B, H, M, stop - start] float32 and summed: [B, H, M, D]."""
+        part, skip = self._cut(start, stop)
+        length = part.counts.width
+        if length != stop - start:
+            weights = torch.nn.functional.pad(weights, (skip, length - skip - (stop - start)))
+        return mix(part, weights.flatten(0, 1)).unflatten(0, self.counts.shape)
+
+    def _cut(self, start: int, stop: int) -> tuple[Packed, int]:
+        """At least these columns of every list, all of them equally long, in whole groups, to be read as float32; how
+        many come before `start`."""
         size = self.codec.group if self.groups and self.group_of is None else 1
         first, length = start // size * size, self.counts.even
         last = min(length or 0, -(-stop // size) * size)
@@ -296,7 +321,7 @@ class Packed:
             self, counts=part, rows={k: cut(v) for k, v in self.rows.items()}, groups=groups, dtype=torch.float32,
             group_of=None if self.group_of is None else cut(self.group_of), at=None if at is None else cut(at),
         )  # fmt: skip
-        return unflatten(whole.dense_rows(), part)[:, :, start - first : stop - first]
+        return whole, start - first
 
     def some(self, flat: Tensor) -> Tensor:
         """[..., D] float32: the rows `flat` [...] (flat indices)."""
@@ -443,6 +468,21 @@ class Packed:
         return torch.arange(self.counts.total, device=self.counts.device) // self.codec.group
 
 
+def scores(packed: Packed, query: Tensor) -> Tensor:
+    """query [L, M, D] times all rows of the equally long lists: [L, M, n] float32."""
+    if hasattr(packed.codec, "scores"):
+        return packed.codec.scores(packed, query)  # type: ignore[no-any-return]
+    return query @ packed.dense_rows().view(query.shape[0], -1, query.shape[2]).transpose(1, 2)
+
+
+def mix(packed: Packed, weights: Tensor) -> Tensor:
+    """All rows of the equally long lists, weighted by [L, M, n] and summed: [L, M, D] float32."""
+    if hasattr(packed.codec, "mix"):
+        return packed.codec.mix(packed, weights)  # type: ignore[no-any-return]
+    rows = packed.dense_rows()
+    return weights @ rows.view(weights.shape[0], -1, rows.shape[1])
+
+
 def _narrow(group_of: Tensor) -> Tensor:
     """The smallest integer type that can name every group: the references are part of the bytes."""
     largest = int(group_of.max()) if group_of.numel() else 0
@@ -509,9 +549,9 @@ class Held:
         if self.body is None:
             return self.tail[:, :, : self.tail_counts.width]
         rows, packed, capacity = self.body.dense_rows(), self.body.counts, self.tail.shape[2]
-        sinks = 0 if self.sinks is None else self.sinks.even
-        if packed.even is not None and self.tail_counts.even is not None and sinks is not None:
-            before, after = self.tail[:, :, :sinks], self.tail[:, :, sinks : self.tail_counts.even]
+        if self._sinks_and_packed is not None:
+            sinks = self._sinks_and_packed[0]
+            before, after = self.tail[:, :, :sinks], self.tail[:, :, sinks : self.tail_counts.width]
             return torch.cat([before, unflatten(rows, packed), after], dim=2)
         column = torch.arange(self.counts.width, device=rows.device)
         first, end = (x.flatten()[:, None] for x in self.packed)
@@ -526,23 +566,56 @@ class Held:
         """[B, H, stop - start, D] float32: some columns of `dense`, decoded by themselves."""
         if self.body is None:
             return self.tail[:, :, start:stop].float()
-        sinks, packed, tail = 0 if self.sinks is None else self.sinks.even, self.body.counts.even, self.tail_counts.even
-        if sinks is None or packed is None or tail is None:
+        if start == 0 and stop == self.counts.width:
+            return self.dense().float()
+        if self._sinks_and_packed is None:
             column = torch.arange(start, stop, device=self.tail.device)
             first, end = (x[..., None] for x in self.packed)
             starts = self.body.counts.starts().view(*self.counts.shape, 1)
             flat = (starts + column - first).clamp(0, self.body.counts.total - 1)
             exact = take_columns(self.tail, torch.where(column < first, column, column - (end - first))).float()
             return torch.where(((column >= first) & (column < end))[..., None], self.body.some(flat), exact)
-        behind = sinks + packed
-        parts = []
-        if start < sinks:
-            parts.append(self.tail[:, :, start : min(stop, sinks)].float())
-        if start < behind and stop > sinks:
-            parts.append(self.body.columns(max(start, sinks) - sinks, min(stop, behind) - sinks))
-        if stop > behind:
-            parts.append(self.tail[:, :, max(start, behind) - packed : stop - packed].float())
+        parts = [
+            self.body.columns(a, b) if packed else self.tail[:, :, a:b].float()
+            for packed, a, b in self._sections(start, stop)
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def scores(self, query: Tensor, start: int, stop: int) -> Tensor:
+        """query [B, H, M, D] float32 times these columns: [B, H, M, stop - start]."""
+        if self.body is None or self._sinks_and_packed is None:
+            return query @ self.columns(start, stop).transpose(2, 3)
+        parts = [
+            self.body.scores(query, a, b) if packed else query @ self.tail[:, :, a:b].float().transpose(2, 3)
+            for packed, a, b in self._sections(start, stop)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+
+    def mix(self, weights: Tensor, start: int, stop: int) -> Tensor:
+        """These columns, weighted by [B, H, M, stop - start] float32 and summed: [B, H, M, D]."""
+        if self.body is None or self._sinks_and_packed is None:
+            return weights @ self.columns(start, stop)
+        out = weights.new_zeros(*weights.shape[:3], self.tail.shape[3])
+        for packed, a, b in self._sections(start, stop):
+            part, weights = weights[..., : b - a], weights[..., b - a :]
+            out += self.body.mix(part, a, b) if packed else part @ self.tail[:, :, a:b].float()
+        return out
+
+    @property
+    def _sinks_and_packed(self) -> tuple[int, int] | None:
+        """How many slots every list has before its body, and in it; None if lists differ."""
+        sinks = 0 if self.sinks is None else self.sinks.even
+        packed = 0 if self.body is None else self.body.counts.even
+        return None if sinks is None or packed is None or self.tail_counts.even is None else (sinks, packed)
+
+    def _sections(self, start: int, stop: int) -> Iterator[tuple[bool, int, int]]:
+        """Columns start to stop of lists that do not differ: whether packed, and their columns of body or tail."""
+        assert self._sinks_and_packed is not None
+        sinks, packed = self._sinks_and_packed
+        bounds = ((False, 0, sinks, 0), (True, sinks, sinks + packed, sinks), (False, sinks + packed, stop, packed))
+        for in_body, first, end, shift in bounds:
+            if max(start, first) < min(stop, end):
+                yield in_body, max(start, first) - shift, min(stop, end) - shift
 
     def append(self, x: Tensor, valid: Tensor | None = None) -> Held:
         """x [B, H, T, D] joins the tail; `valid` [B, T] marks real tokens (None: all)."""
@@ -647,6 +720,10 @@ class Held:
     def sealed(self) -> Held:
         """The same slots without spare capacity, so that two holders can append without seeing each other."""
         return replace(self, tail=self.tail[:, :, : self.tail_counts.width])
+
+    def to(self, device: torch.device | str) -> Held:
+        """The same slots, what is full precision on another device; only good for being moved back."""
+        return replace(self, tail=self.tail.to(device))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         if self.body is not None:

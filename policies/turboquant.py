@@ -112,19 +112,56 @@ class LloydMax:
         return {"codes": pack_planar(codes, self.bits), "norm": stored}, {}
 
     def decode(self, packed: Packed) -> Tensor:
-        if self.bits == 3:
-            codes = unpack_planar(packed.rows["codes"], 2) | unpack_planar(packed.rows["high"], 1) << 2
+        rows, _ = self._rows(packed)
+        length = _norm(rows) if self.norm_correction else rows.shape[1] ** 0.5
+        return _by_byte(rows, self.bits, back=True).mul_(packed.rows["norm"].float() / length)
+
+    def scores(self, packed: Packed, query: Tensor) -> Tensor:
+        rows, factor = self._rows(packed)
+        product = _by_byte(query, self.bits) @ rows.view(len(query), -1, rows.shape[1]).transpose(1, 2)
+        return product.mul_(factor.view(len(query), 1, -1))
+
+    def mix(self, packed: Packed, weights: Tensor) -> Tensor:
+        rows, factor = self._rows(packed)
+        weights = weights * factor.view(len(weights), 1, -1)
+        return _by_byte(weights @ rows.view(len(weights), -1, rows.shape[1]), self.bits, back=True)
+
+    def _rows(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        """Centroids [N, D], channels `_by_byte`, and what to multiply each row by, [N, 1]."""
+        codes = packed.rows["codes"]
+        if self.bits in _PER_ENTRY:
+            rows = _bytes(self.bits, codes.device).index_select(0, codes.flatten().int())
+            rows = rows.view(torch.float32).view(len(codes), -1)
         else:
-            codes = unpack_planar(packed.rows["codes"], self.bits)
-        y = _codebook(self.bits, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
-        length = _norm(y) if self.norm_correction else codes.shape[1] ** 0.5
-        return y.mul_(packed.rows["norm"].float() / length)
+            codes = unpack_planar(codes, min(self.bits, 2))
+            codes = codes | unpack_planar(packed.rows["high"], 1) << 2 if self.bits == 3 else codes
+            rows = _codebook(self.bits, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
+        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True) if self.norm_correction else rows.shape[1] ** 0.5
+        return rows, packed.rows["norm"].float() / length
 
     def row_nbytes(self, head_dim: int) -> int:
         return head_dim * self.bits // 8 + 2
 
     def group_nbytes(self, head_dim: int) -> int:
         return 0
+
+
+_PER_ENTRY = {2: torch.complex128, 4: torch.float64}  # as wide as the float32 centroids of one byte
+
+
+@lru_cache(maxsize=8)
+def _bytes(bits: int, device: torch.device) -> Tensor:
+    """[256] the centroids of all codes in each byte, looked up as one entry."""
+    codes = unpack_planar(torch.arange(256, dtype=torch.uint8, device=device)[:, None], bits)
+    return _codebook(bits, device)[codes.int()].view(_PER_ENTRY[bits])[:, 0]
+
+
+def _by_byte(x: Tensor, bits: int, back: bool = False) -> Tensor:
+    """[..., D] with channels in the order in which `_bytes` gives them, which share a byte side by side; or back."""
+    if bits not in _PER_ENTRY:
+        return x
+    per_byte = 8 // bits
+    return x.unflatten(-1, (-1, per_byte) if back else (per_byte, -1)).transpose(-1, -2).flatten(-2)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -59,8 +59,9 @@ def attend(
 
 def attend_tiles(
     query: Tensor,
-    keys: Callable[[int, int], Tensor],
-    values: Callable[[int, int], Tensor],
+    scores: Callable[[Tensor, int, int], Tensor],
+    mix: Callable[[Tensor, int, int], Tensor],
+    heads: int,
     tile: int,
     query_position: Tensor,
     key_position: Tensor,
@@ -73,16 +74,16 @@ def attend_tiles(
 ) -> tuple[Tensor, Tensor]:
     """As `attend`, for a few queries and packed slots: output, and attention rows [B, H, G*T, S] float32.
 
-    keys(a, b), values(a, b) decode slots a to b: [B, H, b - a, D] float32. No more than `tile` slots are decoded at a
-    time.
+    heads: H. For slots a to b, at most `tile` at a time, all float32: scores(q [B, H, M, D], a, b) -> [B, H, M, b - a]
+    multiplies queries and keys, mix(w [B, H, M, b - a], a, b) -> [B, H, M, D] sums weighted values.
     """
-    heads, slots = keys(0, 1).shape[1], key_position.shape[-1]
+    slots = key_position.shape[-1]
     ends = [(start, min(start + tile, slots)) for start in range(0, slots, tile)]
     scaled = _group(query, heads).float() * scaling
-    logits = torch.cat([scaled @ keys(a, b).transpose(-1, -2) for a, b in ends], dim=-1)
+    logits = [scores(scaled, a, b) for a, b in ends]
     visible = _visible(query, heads, query_position, key_position, allowed, recent)
-    weights = _normalized(logits, visible, query, softcap, sinks)
-    out = sum(weights[..., a:b] @ values(a, b) for a, b in ends)
+    weights = _normalized(logits[0] if len(ends) == 1 else torch.cat(logits, -1), visible, query, softcap, sinks)
+    out = sum(mix(weights[..., a:b], a, b) for a, b in ends)
     assert isinstance(out, Tensor)
     return out.to(query.dtype).view_as(query), weights
 

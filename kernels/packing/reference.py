@@ -115,16 +115,13 @@ def encode_e4m3(x: Tensor) -> Tensor:
 
 
 def decode_e4m3(codes: Tensor) -> Tensor:
-    """Bytes of float8 E4M3FN, uint8 -> float32 of the same shape, exact."""
+    """Bytes of float8 E4M3FN, uint8 -> float32 of the same shape, exact for all finite codes."""
     if codes.device.type != "cpu":
         return codes.view(torch.float8_e4m3fn).float()
-    return _e4m3_values().index_select(0, codes.flatten().int()).view(codes.shape)  # twice as fast as the cast
-
-
-@lru_cache(maxsize=1)
-def _e4m3_values() -> Tensor:
-    """[256] float32."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    # As fp16 the same bits mean 2**-8 of the value, once the sign has made room for a wider exponent. Far faster than
+    # the cast.
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    return bits.view(torch.float16).float().mul_(256)
 
 
 def encode_e5m2(x: Tensor) -> Tensor:
