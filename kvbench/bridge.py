@@ -93,8 +93,10 @@ def to_press(policy: Policy) -> Any:
         why = f"it needs {', '.join(sorted(unmet))}" if unmet else "it selects, but drops nothing"
         why = "its heads keep different numbers of slots" if getattr(p, "ragged", False) else why
         why = "it takes prompts in blocks" if p.block else why
+        why = "its layers share what one of them holds" if p.shares else why
         why = 'it moves keys to other positions; positions="original" does not' if p.in_cache_positions else why
-        if unmet or isinstance(p, Selector) or getattr(p, "ragged", False) or p.block or p.in_cache_positions:
+        alone = not (p.block or p.shares or p.in_cache_positions)
+        if unmet or isinstance(p, Selector) or getattr(p, "ragged", False) or not alone:
             raise TypeError(f"{p} cannot be a press: {why}")
     return _press_class()(stack)
 

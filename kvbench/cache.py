@@ -14,7 +14,7 @@ import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -41,7 +41,21 @@ from kvbench.policies.store import Counts, Held, take_columns
 NAME = "kvbench"
 _TAG = "_kvbench_layer"
 _FEW = 16  # queries of one forward that attend to packed slots tile by tile; more pay for decoding a layer at once
-_TILE_ROWS = 2**14  # rows decoded at a time: 8 MiB of float32 at head_dim 128
+_TILE = 2**20  # elements that decoding reads at a time: a plane of 2-bit codes is 1 MiB as float32, and stays in cache
+
+
+@dataclass(frozen=True)
+class Lent:
+    """New tokens of one layer, as long as others read it, too: keys and values [B, H, T, D] at position [B, T].
+
+    first: nothing was held before. decoding: see `Step`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    first: bool
+    decoding: bool
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -54,6 +68,7 @@ class PolicyLayer(CacheLayerMixin):
         super().__init__()
         self.index = index
         self.order = order
+        self.last_reader: int | None = None  # order of the last layer that attends to this one's slots, too
         self._cache = cache
         self.reset()
 
@@ -69,6 +84,7 @@ class PolicyLayer(CacheLayerMixin):
         self.moments: tuple[Tensor, Tensor, Tensor] | None = None  # count, sum, sum of outer products of prompt queries
         self.read: Tensor | None = None  # [B, 4] slots the last forward read, if not all; see `row_read_nbytes`
         self.geometry: dict[str, Any] = {}
+        self.lent: Lent | None = None
         self._pending: tuple[Tensor, Tensor] | None = None
         self.is_initialized = False
 
@@ -142,16 +158,28 @@ class PolicyLayer(CacheLayerMixin):
             self.kv = self.kv.with_columns(sentence=self._cache.sentences(self.kv.position))
 
         selection = self._select(query, position, valid, decoding)
-        plain = first and self.geometry["softcap"] is None and self.geometry["sinks"] is None and selection is None
-        if plain:
-            out = _attend_prompt(query, keys_new, values_new, valid, self.geometry["scaling"])
-            sums = None
-        else:
-            out, sums = self._attend_held(query, position, valid, selection)
+        new = Lent(keys_new, values_new, position, first, decoding)
+        out, sums = self._output(query, new, valid, selection)
         self._collect(query, position, valid, selection, decoding, sums)
+        if self.last_reader is None:
+            self.settle(decoding)
+        else:
+            self.lent = new
+        return out
+
+    def _output(
+        self, query: Tensor, new: Lent, valid: Tensor | None, selection: Selection | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `_attend_held` gives; a prompt that is all there is needs no more than itself."""
+        if new.first and self.geometry["softcap"] is None and self.geometry["sinks"] is None and selection is None:
+            return _attend_prompt(query, new.keys, new.values, valid, self.geometry["scaling"]), None
+        return self._attend_held(query, new.position, valid, selection)
+
+    def settle(self, decoding: bool) -> None:
+        """Applies the policy right after a forward's attention, unless it waits for more than this layer."""
+        self.lent = None
         if not self._cache.is_deferred and (decoding or not self._cache.waits):
             self.apply(self._cache.policy(self.kv, self.step(decoding)))
-        return out
 
     def _attend_held(
         self, query: Tensor, position: Tensor, valid: Tensor | None, selection: Selection | None
@@ -168,15 +196,12 @@ class PolicyLayer(CacheLayerMixin):
                 keys = rotate(keys, shift, frequency)
             return attend(query, keys, values, position, kv.position, **options), None
 
-        def keys_of(start: int, stop: int) -> Tensor:
-            keys = kv.keys.columns(start, stop)
-            if shift is None or frequency is None:
-                return keys
-            return rotate(keys, shift[..., start:stop], frequency)
+        def turned(query: Tensor, start: int, stop: int) -> Tensor:
+            assert shift is not None and frequency is not None
+            return query @ rotate(kv.keys.columns(start, stop), shift[..., start:stop], frequency).transpose(2, 3)
 
-        lists = kv.counts.shape[0] * kv.counts.shape[1]
-        tile = max(_TILE_ROWS // lists, 1)
-        out, weights = attend_tiles(query, keys_of, kv.values.columns, tile, position, kv.position, **options)
+        scores, heads = kv.keys.scores if shift is None else turned, kv.keys.shape[1]
+        out, weights = attend_tiles(query, scores, kv.values.mix, heads, tile_of(kv), position, kv.position, **options)
         if valid is not None:
             weights = weights.unflatten(2, (-1, query.shape[2])) * valid[:, None, None, :, None]
             weights = weights.flatten(2, 3)
@@ -302,13 +327,21 @@ class PolicyLayer(CacheLayerMixin):
         elif self.queries is not None and self.query_valid is not None and self.queries.shape[2] > window:
             self.queries, self.query_valid = self.queries[:, :, -window:].clone(), self.query_valid[:, -window:].clone()
 
-    def fork(self, cache: CompressedCache) -> PolicyLayer:
-        """A layer of `cache` with the same tokens, sharing their memory until one of the two changes them."""
+    def copy(self, cache: CompressedCache) -> PolicyLayer:
+        """A layer of `cache` with the same slots, sharing their memory until one of the two changes them."""
         other = PolicyLayer(self.index, self.order, cache)
         vars(other).update({k: v for k, v in vars(self).items() if k != "_cache"})
+        if self.kv is not None:
+            other.kv = KV(self.kv.keys.sealed(), self.kv.values.sealed(), self.kv.columns, self.kv.side)
+        return other
+
+    def fork(self, cache: CompressedCache) -> PolicyLayer:
+        """The same for another policy: without what it does not ask for."""
+        other = self.copy(cache)
         asked = cache.policy.needs
         columns = {k: v for k, v in self.kv.columns.items() if k == "position" or k in asked}
-        other.kv = KV(self.kv.keys.sealed(), self.kv.values.sealed(), columns)
+        keys, values = (held.sealed().to(self.seen.device) for held in (self.kv.keys, self.kv.values))
+        other.kv = KV(keys, values, columns)
         if "sentence" in asked:
             other.kv = other.kv.with_columns(sentence=cache.sentences(other.kv.position))
         width = max(asked.get("queries", 0), asked.get("window", 0))
@@ -385,6 +418,86 @@ class PolicyLayer(CacheLayerMixin):
             self.queries, self.query_valid = self.queries[rows], self.query_valid[rows]
 
 
+class SharingLayer(PolicyLayer):
+    """A layer that holds nothing: it attends, with its own queries, to what an earlier one, `source`, holds.
+
+    The source waits with its policy until its last reader has attended. What policies see of the source's queries is
+    its own alone.
+    """
+
+    def __init__(self, index: int, order: int, cache: CompressedCache, source: PolicyLayer):
+        self.source = source
+        source.last_reader = order  # layers are made in order
+        super().__init__(index, order, cache)
+
+    @property
+    def kv(self) -> KV:  # type: ignore[override]
+        return self.source.kv
+
+    @property
+    def seen(self) -> Tensor:  # type: ignore[override]
+        return self.source.seen
+
+    @property
+    def prompt(self) -> Tensor:  # type: ignore[override]
+        return self.source.prompt
+
+    @property
+    def new(self) -> Tensor | None:  # type: ignore[override]
+        return self.source.new
+
+    @property
+    def columns_seen(self) -> int:  # type: ignore[override]
+        return self.source.columns_seen
+
+    def reset(self) -> None:
+        self.queries = self.query_valid = self.moments = self.read = None
+        self.geometry = {}
+        self._pending = None
+        self.is_initialized = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Leaves the layer's own keys and values alone and hands out the new ones of the source."""
+        lent = self.source.lent
+        assert lent is not None, "the source of a layer comes before it"
+        if (lent.keys.shape, lent.values.shape, lent.keys.device) != (
+            key_states.shape, value_states.shape, key_states.device,
+        ):  # fmt: skip
+            raise ValueError(
+                f"{self._cache.policy}: layer {self.index} cannot read the keys and values of layer "
+                f"{self.source.index}: the two differ in heads, head_dim or device; share others"
+            )
+        return super().update(lent.keys, lent.values)
+
+    def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None, **geometry: Any) -> Tensor:
+        self._pending = self._cache.pending_layer = None
+        self._cache.check_module(module)
+        valid = self._cache.real_tokens(self.index, mask, query.shape[2])
+        lent, self.geometry = self.source.lent, geometry
+        assert lent is not None
+        out, _ = self._output(query, lent, valid, self._select(query, lent.position, valid, lent.decoding))
+        if self.order == self.source.last_reader:
+            self.source.settle(lent.decoding)
+        return out
+
+    def copy(self, cache: CompressedCache) -> PolicyLayer:
+        other = SharingLayer(self.index, self.order, cache, cache.layers[self.source.index])
+        other.geometry, other.read, other.is_initialized = self.geometry, self.read, self.is_initialized
+        return other
+
+    fork = copy
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        if self.read is not None:
+            yield "read", self.read
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing to do: the source has done it."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Nothing to do: the source has done it."""
+
+
 class CompressedCache(Cache):
     """A transformers cache that a policy compresses after every forward.
 
@@ -423,6 +536,11 @@ class CompressedCache(Cache):
         self.waits = "probe" in self.policy.needs or "all_layers" in self.policy.needs
         if self.waits and self.policy.block is not None:
             raise ValueError(f"{self.policy}: block= cannot be had with a policy that needs the whole prompt first")
+        if self.policy.sharing.policies and self.policy.block is not None:
+            raise ValueError(
+                f"{self.policy}: block= cannot be had with layers that share; feed the prompt in pieces instead "
+                "(prefill_chunk_size= of generate)"
+            )
         if "sentence" in self.policy.needs and tokenizer is None:
             raise ValueError(f"{self.policy} needs to know where sentences end: give CompressedCache a tokenizer=")
         self.model = model
@@ -439,9 +557,14 @@ class CompressedCache(Cache):
         self._layer_types = [t for t, _ in plan]
         compressed = [i for i, (_, layer) in enumerate(plan) if not layer.is_sliding]
         orders = {index: order for order, index in enumerate(compressed)}
-        super().__init__(
-            layers=[x if x.is_sliding else PolicyLayer(i, orders[i], self) for i, (_, x) in enumerate(plan)]
-        )
+        self.sources = dict(self.policy.sources(len(compressed)))
+        layers: list[Any] = [x for _, x in plan]
+        for i in compressed:
+            if (source := self.sources.get(orders[i])) is None:
+                layers[i] = PolicyLayer(i, orders[i], self)
+            else:
+                layers[i] = SharingLayer(i, orders[i], self, layers[compressed[source]])
+        super().__init__(layers=layers)
         self._forget()
         self.notes = self.waits or bool({"tokens", "sentence"} & set(self.needs))
         if self.notes:
@@ -468,7 +591,7 @@ class CompressedCache(Cache):
 
     def row_nbytes(self) -> Tensor:
         """[B] int64: bytes each batch row would hold alone in the full-attention layers, without spare capacity."""
-        return torch.stack([layer.kv.row_nbytes().cpu() for layer in self.policy_layers()]).sum(0)
+        return torch.stack([layer.kv.row_nbytes().cpu() for layer in self.holders()]).sum(0)
 
     def row_read_nbytes(self) -> Tensor:
         """[B] int64: bytes of keys, values and selection metadata that the last forward read of each row."""
@@ -509,21 +632,22 @@ class CompressedCache(Cache):
 
     def compress(self) -> None:
         """Applies the policy to every layer now."""
-        layers = self.policy_layers()
+        layers = self.holders()
         if any(layer.kv is None for layer in layers):
             return
         spec = self.policy.needs.get("probe")
-        probes: Sequence[Probe | None] = [None] * len(layers)
+        probes: Sequence[Probe | None] = [None] * len(self.policy_layers())
         if isinstance(spec, Repeat):
             from kvbench.probes import run_repeat
 
-            for layer, column in zip(layers, run_repeat(self, spec, self.tokenizer), strict=True):
-                layer.kv = layer.kv.with_columns(repeat=column)
+            columns = run_repeat(self, spec, self.tokenizer)
+            for layer in layers:
+                layer.kv = layer.kv.with_columns(repeat=columns[layer.order])
         elif spec is not None:
             from kvbench.probes import run_probe
 
             probes = run_probe(self, spec, self.tokenizer)
-        steps = [layer.step(False, probe) for layer, probe in zip(layers, probes, strict=True)]
+        steps = [layer.step(False, probes[layer.order]) for layer in layers]
         for layer, kv in zip(layers, self.policy.over_layers([x.kv for x in layers], steps), strict=True):
             layer.apply(kv)
 
@@ -531,7 +655,7 @@ class CompressedCache(Cache):
         """A new cache with the same tokens, compressed by `policy`; this one stays as it is.
 
         What the new policy needs must have been collected (`needs` of the constructor); the fork goes on collecting
-        its own `needs` from here.
+        its own `needs` from here. Layers share in the fork as they do here, whether `policy` says so again or not.
         """
         if any(layer.kv is None for layer in self.policy_layers()):
             raise ValueError("the cache is empty: run a forward or generate first")
@@ -541,16 +665,47 @@ class CompressedCache(Cache):
             raise ValueError(
                 f"cannot fork to {policy}: this cache did not collect {missing}; pass needs= when it is made"
             )
-        other.token_ids, other.mask, other.next_token = self.token_ids, self.mask, self.next_token
+        if other.sources and other.sources != self.sources:
+            raise ValueError(
+                f"cannot fork to {policy}: its layers share from the first token on, which those of this cache do not; "
+                "make a CompressedCache(model, policy)"
+            )
+        self._note_into(other)
         if "sentence" in other.needs:
             other._number_sentences()
         for i, layer in enumerate(self.layers):
             if isinstance(layer, PolicyLayer):
-                other.layers[i] = layer.fork(other)
-            else:
-                vars(other.layers[i]).update(vars(layer))  # sliding layers replace their tensors, never write into them
-        other.compress()
+                other.layers[i] = forked = layer.fork(other)
+                # One after the other, so that what was moved away comes back layer by layer.
+                if not other.waits and not isinstance(forked, SharingLayer):
+                    forked.apply(other.policy(forked.kv, forked.step(False)))
+        if other.waits:
+            other.compress()
         return other
+
+    def copy(self) -> CompressedCache:
+        """The same cache once more, as it is; the two share memory until one of them changes it."""
+        needs = self.needs if self.records else None
+        other = CompressedCache(self.model, self.policy, tokenizer=self.tokenizer, needs=needs)
+        self._note_into(other)
+        other._sentence_of = self._sentence_of
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, PolicyLayer):
+                other.layers[i] = layer.copy(other)
+        return other
+
+    def _note_into(self, other: CompressedCache) -> None:
+        """What a cache of the same tokens shares with this one, besides the layers that a policy compresses."""
+        other.sources = self.sources
+        other.token_ids, other.mask, other.next_token = self.token_ids, self.mask, self.next_token
+        for mine, its in zip(self.layers, other.layers, strict=True):
+            if not isinstance(mine, PolicyLayer):
+                vars(its).update(vars(mine))  # sliding layers replace their tensors, never write into them
+
+    def move(self, device: str) -> None:
+        """Moves the full-precision keys and values elsewhere, to be forked later: forks are where this cache was."""
+        for layer in self.holders():
+            layer.kv = KV(layer.kv.keys.to(device), layer.kv.values.to(device), layer.kv.columns, layer.kv.side)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What is kept alive besides the layers: what was fed, for policies that read tokens."""
@@ -561,6 +716,10 @@ class CompressedCache(Cache):
 
     def policy_layers(self) -> list[PolicyLayer]:
         return [layer for layer in self.layers if isinstance(layer, PolicyLayer)]
+
+    def holders(self) -> list[PolicyLayer]:
+        """Those of the policy layers that hold slots of their own: all but the ones that share."""
+        return [layer for layer in self.policy_layers() if not isinstance(layer, SharingLayer)]
 
     # -- what transformers calls for all layers ------------------------------------------------------------------
 
@@ -593,7 +752,8 @@ class CompressedCache(Cache):
             return
         self.token_ids = [self.token_ids[i] for i in rows.tolist()]
         self.mask = self.mask[rows.to(self.mask.device)]
-        self._sentence_of = self._sentence_of[rows.to(self._sentence_of.device)]
+        if "sentence" in self.policy.needs:
+            self._sentence_of = self._sentence_of[rows.to(self._sentence_of.device)]
 
     # -- what the hooks on the model call ------------------------------------------------------------------------
 
@@ -688,6 +848,13 @@ class CompressedCache(Cache):
         slot = torch.arange(position.shape[-1], device=position.device)
         shift = (seen[:, None, None] - length + slot - position).masked_fill(position < 0, 0)
         return shift if bool(shift.any()) else None
+
+
+def tile_of(kv: KV) -> int:
+    """How many slots of every list are read at a time."""
+    # Lists of different lengths are gathered row by row unless they are decoded whole: only large ones are cut.
+    elements = _TILE if kv.counts.even is not None else 4 * _TILE
+    return max(elements // (kv.counts.shape[0] * kv.counts.shape[1] * kv.keys.shape[3]), 1)
 
 
 def _columns(valid: Tensor | None, part: slice) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""`kvbench`: run and sweep (a Hydra application), `kvbench leaderboard`, `kvbench compare`."""
+"""`kvbench`: run and sweep (a Hydra application), `kvbench leaderboard`, `kvbench compare`, `kvbench lm-eval`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ HELP = """kvbench: stacks of KV-cache eviction and quantization, measured
   kvbench [-m] model=… task=… evict=… quant=… memory=…   run one cell, or with -m every combination of comma lists
   kvbench leaderboard RESULTS [--out DIR]                 rank a folder of results; writes tables, plots and a page
   kvbench compare A B RESULTS                             say whether stack A differs from stack B
+  kvbench lm-eval --model kvbench --model_args …          run tasks of lm-evaluation-harness through a compressed cache
 
 Examples
   kvbench task=niah evict=h2o quant=kivi4 memory=0.25
   kvbench -m preset=demo
   kvbench -m evict=full,streaming_llm,h2o,keydiff,snapkv quant=none,kivi4,kivi2,nvfp4 memory=0.5,0.25,0.125
   kvbench model=hub model.path=Qwen/Qwen3-0.6B model.device_map=auto
+  kvbench lm-eval --model kvbench --model_args pretrained=Qwen/Qwen3-0.6B,policy="H2O(0.25)|KIVI(2)" --tasks gsm8k
 
 Choices
 """
@@ -29,6 +31,13 @@ def main() -> None:
 
         command = main_leaderboard if arguments[0] == "leaderboard" else main_compare
         sys.exit(command(arguments[1:]))
+    if arguments and arguments[0] == "lm-eval":
+        try:
+            from kvbench.lm_eval import main as main_lm_eval
+        except ImportError as error:
+            sys.exit(f"kvbench lm-eval needs {error.name}: pip install 'kvbench[lm-eval]'")
+        main_lm_eval(arguments[1:])
+        return
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP + _choices())
         return

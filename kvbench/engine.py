@@ -2,57 +2,47 @@
 
 Keys, values and signals of an exact prefill do not depend on the policy that compresses afterwards. So each batch of
 samples is prefilled once, and each stack is replayed from that record (`CompressedCache.fork`); only stacks that change
-the prefill itself (`block=`) run their own. What is fed after the compression, the *held-back* part, is the query and
-the answer prefix (query-agnostic), or only the last prompt token (query-aware): the first answer token always feels the
-policy.
+the prefill itself (`block=`) run their own, and those whose layers share have one record for all that share alike. What
+is fed after the compression, the *held-back* part, is the query and the answer prefix (query-agnostic), or only the
+last prompt token (query-aware): the first answer token always feels the policy.
+
+The record of a prefill holds 2 x layers x key-value heads x head size x bytes per number for every token (Llama-3.1-8B
+in bfloat16: 128 KiB, 16 GiB for 128k tokens), and 4 bytes per layer, head and token where a policy asks for accumulated
+attention. It stays on the device while the stacks are replayed, one at a time, each with what it keeps. Where that is
+too much, `record` chooses: "cpu" moves keys and values to the CPU's memory and brings them back for each stack, layer
+by layer as it compresses (policies that compare layers or draft an answer: all at once), so the device holds no more
+than the prefill itself took; "recompute" keeps nothing and prefills again for each stack. Results are the same.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvbench.answer import Prefilled, Prompt, Run, Task, answer, forward, full_row_nbytes, left_pad
+from kvbench.answer import (
+    Prefilled,
+    Prompt,
+    Reference,
+    Run,
+    Task,
+    answer,
+    forward,
+    full_reference,
+    full_row_nbytes,
+    left_pad,
+)
 from kvbench.baselines import Baseline, BaselineError, full_nbytes, held_nbytes, quantized_cache
 from kvbench.cache import CompressedCache, signals
 from kvbench.policies.full import Full
 from kvbench.policies.interface import BudgetError, Evictor, Policy, Selector, Stack
+from kvbench.prompts import prepare
 
-
-def prepare(
-    task: Task, tokenizer: PreTrainedTokenizerBase, query_aware: bool, context_limit: int | None
-) -> list[Prompt]:
-    """Tokenizes the samples of a task and checks that they fit the model."""
-    prompts = []
-    for sample in task.samples(tokenizer):
-        context, query, answer_prefix = sample.segments(tokenizer)
-        if task.kind == "nll":
-            target = list(tokenizer.encode(sample.references[0], add_special_tokens=False))
-            tokens = [*context, *target]
-            prefix, held_back = tokens[: len(context) - 1], tokens[len(context) - 1 : -1]
-            new = 0
-        else:
-            tokens, target, new = [*context, *query, *answer_prefix], [], sample.max_new_tokens
-            cut = len(tokens) - 1 if query_aware or len(context) == len(tokens) else len(context)
-            prefix, held_back = tokens[:cut], tokens[cut:]
-        if not prefix:
-            raise ValueError(
-                f"{sample.sample_id}: empty prompt: there must be tokens to compress before the held-back ones"
-            )
-        if context_limit is not None and len(tokens) + new > context_limit:
-            raise ValueError(
-                f"{sample.sample_id}: {len(tokens)} prompt tokens + {new} new ones exceed the model's context of "
-                f"{context_limit}; use a smaller task.length or another model"
-            )
-        prompts.append(Prompt(sample, prefix, held_back, target))
-    if not prompts:
-        raise ValueError(f"task {task.name} has no samples")
-    return prompts
+BATCH_TOKENS = 65536
+RECORDS = ("device", "cpu", "recompute")
 
 
 @torch.inference_mode()
@@ -62,8 +52,11 @@ def run_stacks(
     task: Task,
     stacks: Sequence[Policy],
     *,
+    prompts: Sequence[Prompt] | None = None,
     query_aware: bool = False,
     batch_size: int = 16,
+    batch_tokens: int = BATCH_TOKENS,
+    record: str = "device",
     prefill_chunk: int = 8192,
     finished: Sequence[Sequence[Run]] = (),
     on_finished: Callable[[int, Run], None] = lambda index, run: None,
@@ -71,110 +64,234 @@ def run_stacks(
 ) -> list[Run]:
     """Runs every stack on every sample of the task; each batch of samples is prefilled once.
 
+    prompts: the task's, where they are at hand (`prepare`), for the same tokenizer and `query_aware`.
+    batch_size, batch_tokens: a batch has at most so many rows, and so many tokens unless it is a single row.
+    record: where the prefill waits for the next stack: device, cpu or recompute; see the top of this file.
     finished: per stack, the batches an earlier, interrupted call has handed to `on_finished`; they are not repeated.
-    on_progress: called with the number of (batch, stack) pairs just finished; there are `steps_of` in all.
+    on_progress: called with the number of (batch, stack) pairs just finished; there are `batches_for` x stacks in all.
     """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    prompts = prepare(task, tokenizer, query_aware, limit)
+    if record not in RECORDS:
+        raise ValueError(f"record={record!r} is not one of {', '.join(RECORDS)}")
+    if prompts is None:
+        prompts = prepare(task, tokenizer, query_aware, context_limit(model))
     folded = [Stack((policy,)) for policy in stacks]
     runs = [Run() for _ in folded]
     for run, parts in zip(runs, finished or [[]] * len(stacks), strict=True):
         for part in parts:
             run.add(part)
     needs = signals(folded)
-    for batch in _batches(prompts, batch_size):
+    for batch in batches_for(model, task, prompts, batch_size, batch_tokens):
         names = {p.sample.sample_id for p in batch}
         open_runs = [i for i, run in enumerate(runs) if not names <= {row["sample_id"] for row in run.rows}]
         on_progress(len(runs) - len(open_runs))
         if all(runs[i].infeasible for i in open_runs):
             on_progress(len(open_runs))
             continue
-        started = time.perf_counter()
-        ids, mask = left_pad([p.prefix for p in batch], model.device)
-        record = _prefill(model, tokenizer, ids, mask, needs, prefill_chunk)
-        if query_aware or task.kind == "nll":  # what is held back begins with the prompt's own last token
-            record.next_token = torch.tensor([p.held_back[0] for p in batch], device=model.device)
-        prefill_seconds = time.perf_counter() - started
+        prefill = _Prefill(model, tokenizer, task, batch, needs, query_aware, prefill_chunk, record)
         for i in open_runs:
             if runs[i].infeasible is None:
                 try:
-                    part = _replay(model, tokenizer, task, record, ids, mask, folded[i], batch, prefill_seconds)
+                    part = _replay(prefill, folded[i])
                 except (BudgetError, BaselineError) as error:
                     part = Run(infeasible=str(error))
                 on_finished(i, part)
                 runs[i].add(part)
             on_progress(1)
+        prefill.free()
     order = {p.sample.sample_id: i for i, p in enumerate(prompts)}
     for run in runs:
         run.rows.sort(key=lambda row: order[row["sample_id"]])
     return runs
 
 
-def steps_of(samples: int, stacks: int, batch_size: int) -> int:
-    return math.ceil(samples / batch_size) * stacks
+def context_limit(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def _batches(prompts: list[Prompt], size: int) -> Iterator[list[Prompt]]:
-    """Prompts of like length together, so that rows are padded little."""
-    ordered = sorted(prompts, key=lambda p: len(p.prefix))
-    return (ordered[i : i + size] for i in range(0, len(ordered), size))
+def batches_for(
+    model: PreTrainedModel, task: Task, prompts: Sequence[Prompt], size: int, tokens: int
+) -> list[list[Prompt]]:
+    """The batches in which `run_stacks` takes these prompts.
+
+    Sliding-window layers count pads as tokens of their window. So no pads may stand behind a prompt's first token: what
+    is held back is equally long in all rows, and rows that go on after answers of different lengths run alone.
+    """
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    windows = any(getattr(layer, "is_sliding", False) for layer in layers)
+    if windows and (task.kind == "fidelity" or any(p.turns for p in prompts)):
+        size = 1
+    return batches(prompts, size, tokens, (lambda p: len(p.held_back)) if windows else (lambda p: 0))
 
 
-def _prefill(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: Tensor,
-    mask: Tensor,
-    needs: Mapping[str, int],
-    chunk: int,
-) -> CompressedCache:
-    """An exact, uncompressed prefill of ids [B, T] that records the signals `needs`, in chunks."""
-    record = CompressedCache(model, Full(), tokenizer=tokenizer, needs=needs)
-    with record.deferred():
-        for start in range(0, ids.shape[1], chunk):
-            forward(model, record, ids[:, start : start + chunk], mask[:, : start + chunk], logits=1)
-    return record
+def batches(
+    prompts: Sequence[Prompt], size: int, tokens: int, alike: Callable[[Prompt], int] = lambda p: 0
+) -> list[list[Prompt]]:
+    """Prompts of like length together, so that rows are padded little: at most `size` rows and `tokens` tokens each.
+
+    A prompt of more than `tokens` tokens is a batch by itself. alike: equal for all prompts of a batch.
+    """
+    made: list[list[Prompt]] = []
+    longest = 0
+    for prompt in sorted(prompts, key=lambda p: (alike(p), len(p.prefix))):
+        length = len(prompt.prefix) + len(prompt.held_back) + prompt.sample.max_new_tokens
+        rows, longest = len(made[-1]) + 1 if made else 1, max(longest, length)
+        if not made or rows > size or rows * longest > tokens or alike(made[-1][0]) != alike(prompt):
+            made.append([])
+            longest = length
+        made[-1].append(prompt)
+    return made
 
 
-def _replay(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    record: CompressedCache,
-    prefix: Tensor,
-    mask: Tensor,
-    stack: Stack,
-    batch: list[Prompt],
-    prefill_seconds: float,
-) -> Run:
-    """One stack on one prefilled batch; prefix, mask [B, T]."""
+class _Prefill:
+    """One batch of prompts after an exact prefill, from which the stacks are replayed."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        batch: list[Prompt],
+        needs: Mapping[str, int],
+        query_aware: bool,
+        chunk: int,
+        record: str,
+    ) -> None:
+        self.model, self.tokenizer, self.task, self.batch = model, tokenizer, task, batch
+        self.needs, self.query_aware, self.chunk = needs, query_aware, chunk
+        self.ids, self.mask = left_pad([p.prefix for p in batch], model.device)
+        self.recomputes, self.seconds, self._place = record == "recompute", 0.0, record
+        self._records: dict[Stack, tuple[CompressedCache, float]] = {}
+        made = self._run(Stack()) if not self.recomputes or task.kind == "fidelity" else None
+        self.reference = None if made is None else full_reference(model, tokenizer, task, made, self.mask, batch)
+        if made is not None:
+            if self.recomputes:
+                _free(made)
+            else:
+                self._keep(Stack(), made)
+
+    def prepare(self, stack: Stack) -> None:
+        """Prefills, once, for the stacks whose layers share as those of this one do."""
+        if not self.recomputes and stack.sharing not in self._records:
+            self._keep(stack.sharing, self._run(stack.sharing))
+
+    def fork(self, stack: Stack) -> CompressedCache:
+        """A cache with these prompts, compressed by a stack; `seconds` is what their prefill took."""
+        if not self.recomputes:
+            record, self.seconds = self._records[stack.sharing]
+            return record.fork(stack)
+        record = self._run(stack.sharing)
+        try:
+            return record.fork(stack)
+        finally:
+            _free(record)
+
+    def free(self) -> None:
+        for record, _ in self._records.values():
+            _free(record)
+
+    def _keep(self, sharing: Stack, record: CompressedCache) -> None:
+        if self._place == "cpu":
+            record.move("cpu")
+        self._records[sharing] = record, self.seconds
+
+    def _run(self, sharing: Stack) -> CompressedCache:
+        """A prefill in chunks, exact but for layers that share, and uncompressed, which records the signals `needs`."""
+        started = _now(self.model)
+        record = CompressedCache(self.model, sharing, tokenizer=self.tokenizer, needs=self.needs)
+        with record.deferred():
+            for start in range(0, self.ids.shape[1], self.chunk):
+                part = slice(start, start + self.chunk)
+                forward(self.model, record, self.ids[:, part], self.mask[:, : part.stop], logits=1)
+        if self.query_aware or self.task.kind == "nll":  # what is held back begins with the prompt's own last token
+            record.next_token = torch.tensor([p.held_back[0] for p in self.batch], device=self.ids.device)
+        self.seconds = _now(self.model) - started
+        return record
+
+
+def _replay(prefill: _Prefill, stack: Stack) -> Run:
+    """One stack on one prefilled batch."""
+    model, tokenizer, task, batch = prefill.model, prefill.tokenizer, prefill.task, prefill.batch
     baseline = next((p for p in stack.policies if isinstance(p, Baseline)), None)
     if baseline is not None:
         if len(stack.policies) > 1:
             raise BaselineError(f"{baseline.name} packs by itself: it cannot be stacked with {stack.policies[0]}")
         run = Run()
-        for prompt in batch:  # pads would enter its groups
-            run.add(_run_baseline(model, tokenizer, task, baseline, prompt))
+        for i, prompt in enumerate(batch):  # pads would enter its groups
+            reference = None if prefill.reference is None else prefill.reference.row(i)
+            run.add(_run_baseline(model, tokenizer, task, baseline, prompt, reference))
         return run
-    started = time.perf_counter()
     if stack.block is None:
-        cache = record.fork(stack)
+        prefill.prepare(stack)
+    on_gpu = model.device.type == "cuda"
+    before = torch.cuda.memory_allocated(model.device) if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    started = _now(model)
+    if stack.block is None:
+        cache = prefill.fork(stack)
+        prefill_seconds = prefill.seconds
     else:
         cache, prefill_seconds = CompressedCache(model, stack, tokenizer=tokenizer), 0.0
-        forward(model, cache, prefix, mask, logits=1)
-    compress_seconds = time.perf_counter() - started
+        forward(model, cache, prefill.ids, prefill.mask, logits=1)
+    compress_seconds = _now(model) - started
+    if prefill.recomputes and stack.block is None:
+        compress_seconds -= prefill_seconds
     held, full = cache.row_nbytes(), full_row_nbytes(cache)
     kept = torch.stack([layer.kv.counts.per_head.float().mean(1).cpu() for layer in cache.policy_layers()]).mean(0)
     prefilled = Prefilled(held.tolist(), full.tolist(), kept.tolist(), prefill_seconds, compress_seconds)
     checks = _checks(stack, cache, held, full)
+    needles = _needles_kept(cache, batch)
     selects = any(isinstance(p, Selector) for p in stack.policies)
-    run = answer(model, tokenizer, task, cache, mask, batch, prefilled, stepwise=selects)
+    run = answer(model, tokenizer, task, cache, prefill.mask, batch, prefilled, selects, prefill.reference)
+    for row, needle in zip(run.rows, needles, strict=True):
+        row["needle_kept"] = needle
+        if on_gpu:
+            row["peak_bytes"] = torch.cuda.max_memory_allocated(model.device) - before
     run.checks = checks | run.checks
+    _free(cache)
     return run
 
 
+def _free(cache: CompressedCache) -> None:
+    """Lets go of what a cache holds at once: it and its layers know each other, so it would wait for the collector."""
+    cache.layers.clear()
+
+
+def _needles_kept(cache: CompressedCache, batch: list[Prompt]) -> list[list[list[float]] | None]:
+    """Per row: the share of the needle's tokens whose slots are kept, [layers][heads]; None without a needle."""
+    if not any(p.needle for p in batch):
+        return [None] * len(batch)
+    device = cache.policy_layers()[0].seen.device
+    table = torch.zeros(len(batch), max(len(p.prefix) for p in batch), device=device)
+    for row, prompt in enumerate(batch):
+        for begin, end in prompt.needle:
+            table[row, begin:end] = 1
+    layers = []
+    for layer in cache.policy_layers():
+        position = cache.kept(layer.index).to(device)
+        held = table[:, None].expand(-1, position.shape[1], -1).gather(2, position.clamp(min=0)) * (position >= 0)
+        layers.append(held.sum(2) / table.sum(1)[:, None])
+    shares = torch.stack(layers, 1).tolist()
+    return [
+        [[round(share, 2) for share in heads] for heads in of_row] if prompt.needle else None
+        for prompt, of_row in zip(batch, shares, strict=True)
+    ]
+
+
+def _now(model: PreTrainedModel) -> float:
+    """The clock, once the device has done what it was given."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
 def _run_baseline(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, baseline: Baseline, prompt: Prompt
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    baseline: Baseline,
+    prompt: Prompt,
+    reference: Reference | None,
 ) -> Run:
     """One of transformers' own caches, which prefills by itself, on one sample."""
     started = time.perf_counter()
@@ -183,7 +300,7 @@ def _run_baseline(
     forward(model, cache, ids, mask, logits=1)
     held, full = held_nbytes(cache), full_nbytes(cache, model)
     prefilled = Prefilled([held], [full], [float(len(prompt.prefix))], time.perf_counter() - started, 0.0)
-    run = answer(model, tokenizer, task, cache, mask, [prompt], prefilled)
+    run = answer(model, tokenizer, task, cache, mask, [prompt], prefilled, reference=reference)
     run.checks = {"fired": held < full, "bytes_ok": True}
     return run
 
@@ -195,7 +312,7 @@ def _checks(stack: Stack, cache: CompressedCache, held: Tensor, full: Tensor) ->
     fired = not asked or bool((held < dense).all())
     evictors = [p for p in asked if isinstance(p, Evictor)]
     bytes_ok = all(bool((held <= p.memory * full).all()) for p in evictors if p.memory is not None)
-    layers = cache.policy_layers()
+    layers = cache.holders()
     kept = torch.stack([layer.kv.counts.per_head.sum(1) for layer in layers]).sum(0)
     for evictor in (p for p in evictors if p.memory is None):
         slots = [evictor.slots(layer.kv, layer.step(False)) for layer in layers]

@@ -54,6 +54,8 @@ def report(cache: CompressedCache) -> str:
             (batch, heads), slots = kv.counts.shape, kv.counts.total
             seen, kept = f"{float(layer.seen.float().mean()):.0f}", f"{slots / batch / heads:.0f}"
             bits = f"{8 * held[i] / (slots * (kv.keys.shape[3] + kv.values.shape[3])):.2f}" if slots else "-"
+            if (source := getattr(layer, "source", None)) is not None:
+                kept = f"of:{source.index}"
         rows.append((str(i), seen, kept, bits, *_bytes(held[i], full_nbytes(layer))))
     rows.append(("total", "", "", "", *_bytes(cache.nbytes, cache.full_nbytes)))
     return "\n".join(

@@ -153,7 +153,7 @@ def _note(
 ) -> Tensor:
     assert layer._pending is not None
     noted.append((query, layer._pending[0]))
-    return PolicyLayer.attend(layer, module, query, *args, **kwargs)
+    return type(layer).attend(layer, module, query, *args, **kwargs)
 
 
 # -- drafts ----------------------------------------------------------------------------------------------------------

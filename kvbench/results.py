@@ -24,6 +24,7 @@ SCHEMA = 1
 Bytes = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Duration = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ResultsError(Exception):
@@ -43,7 +44,7 @@ class Model(_Record):
 
 class Task(_Record):
     name: str
-    kind: Literal["generate", "nll"]
+    kind: Literal["generate", "nll", "fidelity"]
 
 
 class Policy(_Record):
@@ -87,6 +88,15 @@ class Sample(_Record):
     )
     kv_bytes_full: Annotated[int, Field(gt=0)]  # 16-bit full cache, end of prefill
     kv_bytes_full_final: Annotated[int, Field(gt=0)]
+    kv_bytes_peak: Bytes | None = None  # most held between the end of prefill and the end of the answer
+    # CUDA only: the most memory that was allocated from the compression to the end of the answer of the sample's batch,
+    # above what was there before (weights, the prefill that all stacks share).
+    peak_bytes: Bytes | None = None
+    truncated: bool | None = None  # max_new_tokens were generated, and none of the stops; None for kind "nll"
+    # [layers][kv heads]: share of the needle's tokens whose slots are kept at the end of the compression, layers with
+    # full attention only; see kvbench.misses. None where the prompt has no needle.
+    needle_kept: list[list[Share]] | None = None
+    details: dict[str, Any] | None = None  # what the task measures besides the score
     prefill_s: Duration = 0.0
     decode_s: Duration = 0.0
     meta: dict[str, Any] = {}

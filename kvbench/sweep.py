@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -23,6 +23,7 @@ from typing import Any
 
 import hydra
 import torch
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
@@ -30,10 +31,11 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from kvbench.answer import Run, Task
-from kvbench.engine import prepare, run_stacks, steps_of
+from kvbench.answer import Prompt, Run, Task
+from kvbench.engine import RECORDS, batches_for, context_limit, run_stacks
 from kvbench.policies.full import Full
 from kvbench.policies.interface import Policy, Stack
+from kvbench.prompts import cache_folder, prepare
 from kvbench.results import ResultsError, canonical, cell_id, has_cell, write_cell
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,12 +50,15 @@ class UserError(SystemExit):
 
 @dataclass(frozen=True)
 class Plan:
-    """One cell to run. `group`: cells with an equal one share prefills."""
+    """One cell to run. `group`: cells with an equal one share prefills. prompts: where to keep prepared ones, if so."""
 
     config: dict[str, Any]
     policy: Policy
     task: Task
     batch_size: int
+    batch_tokens: int
+    record: str
+    prompts: Path | None
     out: Path
     wandb: dict[str, Any]
 
@@ -63,7 +68,8 @@ class Plan:
 
     @property
     def group(self) -> str:
-        return canonical([{k: v for k, v in self.config.items() if k != "policy"}, self.batch_size, str(self.out)])
+        shared = {k: v for k, v in self.config.items() if k != "policy"}
+        return canonical([shared, self.batch_size, self.batch_tokens, self.record, str(self.out)])
 
     @property
     def partial(self) -> Path:
@@ -74,7 +80,8 @@ def application() -> None:
     """The Hydra application behind `kvbench`.
 
     Hydra's own launcher calls the task once per job of a sweep, here in this process: the jobs are only collected, then
-    run together, so that they share prefills. Other launchers (joblib, submitit) run each job by itself elsewhere.
+    run together, so that they share prefills. Other launchers (joblib, submitit) run each job by itself elsewhere; no
+    cell is run by two of them.
     """
     jobs: list[DictConfig] = []
 
@@ -108,36 +115,47 @@ def run_jobs(configs: Sequence[DictConfig]) -> None:
         ready = len(plans) - sum(map(len, groups.values()))
         if ready:
             print(f"{ready} of {len(plans)} cells are already there")
+        skipped: dict[str, str] = {}
         if groups:
-            _summarize(_run_groups(list(groups.values())), set(asked))
+            cells, skipped = _run_groups(list(groups.values()))
+            if skipped and not cells:
+                raise UserError(next(iter(skipped.values())))
+            _summarize(cells, set(asked))
         for folder in sorted({str(p.out) for p in plans.values()}):
             print(f"next: kvbench leaderboard {folder}")
+        if skipped:
+            reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
+            raise UserError(f"{len(skipped)} tasks were skipped:{reasons}")
 
 
 def plan_cells(config: DictConfig) -> list[Plan]:
     """The cell a config asks for, the full cache on the same prompts, and that once more (the A/A noise floor)."""
     choices = config.hydra.runtime.choices
-    task = hydra.utils.instantiate(config.task)
+    sizes = config.sizes.get(config.task._target_.rpartition(".")[2]) or {}
+    task = hydra.utils.instantiate(config.task, **sizes)
     evict = make_evictor(config.evict, _budget(config, choices.evict))
     quant = hydra.utils.instantiate(config.quant)
     members = [p for p in (evict, quant) if not isinstance(p, Full)]
     if config.model.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.model.dtype} is not one of {', '.join(DTYPES)}")
-    if config.batch_size < 1:
-        raise UserError(f"batch_size={config.batch_size} must be at least 1")
-    fields = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}
+    for name in ("batch_size", "batch_tokens"):
+        if config[name] < 1:
+            raise UserError(f"{name}={config[name]} must be at least 1")
+    if config.record not in RECORDS:
+        raise UserError(f"record={config.record} is not one of {', '.join(RECORDS)}")
+    fields = dataclasses.asdict(task)
     base = {
         "model": {k: config.model[k] for k in ("name", "path", "dtype")},
         "task": json.loads(json.dumps({"name": task.name, "kind": task.kind, **fields})),
         "query_aware": bool(config.query_aware),
         "seed": int(config.seed),
     }
-    wandb = dict(config.wandb)
+    wandb, prompts = dict(config.wandb), cache_folder() if config.prompt_cache else None
 
-    def cell(policy: Policy, names: dict[str, Any], model: dict[str, Any], batch_size: int) -> Plan:
+    def cell(policy: Policy, names: dict[str, Any], model: dict[str, Any], batch_size: int, tokens: int) -> Plan:
         described = {"memory": None, "budget": None, **names, "stack": str(policy)}
         full = {**base, "model": {**base["model"], **model}, "policy": described}
-        return Plan(full, policy, task, batch_size, Path(config.out), wandb)
+        return Plan(full, policy, task, batch_size, tokens, config.record, prompts, Path(config.out), wandb)
 
     names = {"evict": choices.evict, "quant": choices.quant}
     if not isinstance(evict, Full):
@@ -146,12 +164,12 @@ def plan_cells(config: DictConfig) -> list[Plan]:
             names["block"] = config.block
     full = {"evict": "full", "quant": "none"}
     plans = [
-        cell(Stack(tuple(members)), names, {}, config.batch_size),
-        cell(Stack(()), full, {}, config.batch_size),
+        cell(Stack(tuple(members)), names, {}, config.batch_size, config.batch_tokens),
+        cell(Stack(()), full, {}, config.batch_size, config.batch_tokens),
     ]
     if config.noise_floor and config.batch_size > 1:
         other = max(1, config.batch_size // 2)
-        plans.append(cell(Stack(()), full, {"batch_size": other}, other))
+        plans.append(cell(Stack(()), full, {"batch_size": other}, other, max(1, config.batch_tokens // 2)))
     return plans
 
 
@@ -171,7 +189,8 @@ def _budget(config: DictConfig, evict: str) -> dict[str, Any]:
     return budget if config.block is None else {**budget, "block": config.block}
 
 
-def _run_groups(groups: list[list[Plan]]) -> list[dict[str, Any]]:
+def _run_groups(groups: list[list[Plan]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The cells of all groups, and why tasks were skipped, by their names."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -191,22 +210,37 @@ def _run_groups(groups: list[list[Plan]]) -> list[dict[str, Any]]:
         TimeRemainingColumn(),
     )
     loaded: tuple[str, Any] = ("", None)
-    with Progress(*columns) as progress, _tracker(groups[0][0].wandb) as track:
+    prepared: tuple[str, list[Prompt]] = ("", [])
+    skipped: dict[str, str] = {}
+    with Progress(*columns) as progress, _tracker(groups[0][0].wandb) as track, Claims() as claims:
         bar = progress.add_task("sweep", total=None)
         sizes: list[int] = []
-        for i, group in enumerate(groups):
+        for i, planned in enumerate(groups):
+            group = claims.enter(planned)
+            if not group:
+                continue
             model_config = {k: v for k, v in group[0].config["model"].items() if k != "batch_size"}
             if loaded[0] != canonical(model_config):
                 progress.update(bar, description=f"loading {model_config['name']}")
                 loaded = (canonical(model_config), load_model(**model_config))
             model, tokenizer = loaded[1]
-            task = group[0].task
-            prepared = len(prepare(task, tokenizer, group[0].config["query_aware"], None))
-            sizes.append(steps_of(prepared, len(group), group[0].batch_size))
-            later = sum(len(g) for g in groups[i + 1 :]) * steps_of(prepared, 1, group[0].batch_size)
+            first, task = group[0], group[0].task
+            asked = canonical([loaded[0], first.config["task"], first.config["query_aware"]])
+            if prepared[0] != asked:
+                progress.update(bar, description=f"prompts of {task.name}")
+                limit = context_limit(model)
+                try:
+                    prepared = asked, prepare(task, tokenizer, first.config["query_aware"], limit, first.prompts)
+                except ValueError as error:  # no data, or too long for this model: other tasks can do without
+                    skipped[task.name] = str(error).splitlines()[0]
+                    continue
+            prompts = prepared[1]
+            each = len(batches_for(model, task, prompts, first.batch_size, first.batch_tokens))
+            sizes.append(each * len(group))
+            later = each * sum(len(g) for g in groups[i + 1 :])
             progress.update(bar, description=f"{task.name} × {len(group)} stacks", total=sum(sizes) + later)
             started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            runs = _run_group(model, tokenizer, group, lambda n: progress.advance(bar, n))
+            runs = _run_group(model, tokenizer, group, prompts, lambda n: progress.advance(bar, n))
             for plan, run in zip(group, runs, strict=True):
                 cell = _to_cell(plan, run, started, model)
                 write_cell(plan.out, cell)
@@ -214,14 +248,48 @@ def _run_groups(groups: list[list[Plan]]) -> list[dict[str, Any]]:
                 track(cell)
                 cells.append(cell)
             progress.update(bar, completed=sum(sizes))
-        for group in groups:
-            if group[0].partial.parent.is_dir() and not any(group[0].partial.parent.iterdir()):
-                group[0].partial.parent.rmdir()
-    return cells
+    for group in groups:
+        with suppress(OSError):  # another process keeps something there
+            group[0].partial.parent.rmdir()
+    if claims.elsewhere:
+        print(f"{claims.elsewhere} cells are left to another process that is running them")
+    return cells, skipped
+
+
+class Claims:
+    """The cells of one group that this process runs, and no other: each is a file lock, which dies with its process."""
+
+    def __init__(self) -> None:
+        self.elsewhere = 0
+        self._locks = ExitStack()
+
+    def enter(self, group: list[Plan]) -> list[Plan]:
+        """Gives up the group before, and returns what of this one is neither done nor being run elsewhere."""
+        self._locks.close()
+        return [plan for plan in group if self._claim(plan)]
+
+    def _claim(self, plan: Plan) -> bool:
+        path = plan.partial.with_suffix(".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            self.elsewhere += 1
+            return False
+        self._locks.callback(lock.release)
+        self._locks.callback(path.unlink, missing_ok=True)  # while it is still ours: who waits will find the cell
+        return not has_cell(plan.out, plan.id)
+
+    def __enter__(self) -> Claims:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._locks.close()
 
 
 def _run_group(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, group: list[Plan], advance: Any
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, group: list[Plan], prompts: list[Prompt], advance: Any
 ) -> list[Run]:
     """Runs a group, keeping finished batches on disk so that a killed sweep repeats nothing."""
 
@@ -234,8 +302,9 @@ def _run_group(
             os.fsync(file.fileno())
 
     return run_stacks(
-        model, tokenizer, group[0].task, [p.policy for p in group],
+        model, tokenizer, group[0].task, [p.policy for p in group], prompts=prompts,
         query_aware=group[0].config["query_aware"], batch_size=group[0].batch_size,
+        batch_tokens=group[0].batch_tokens, record=group[0].record,
         finished=[_read_partial(p.partial) for p in group], on_finished=keep, on_progress=advance,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from kvbench.policies.interface import KV, BudgetError, Evictor, Mixed, Policy, Quantizer, Stack, Step, select
 
-_FRAMEWORK = {"interface", "store"}
+_FRAMEWORK = {"checkpoint", "interface", "store"}
 
 POLICIES: dict[str, type[Policy]] = {}
 for _module in sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _FRAMEWORK):

@@ -110,8 +110,9 @@ class AdaKV(Wrapper):
         for prompt in step.prompt.tolist():
             mean, most = torch.tensor(self._slots_for_bytes(prompt, kv, step)), torch.tensor(prompt)
             planned = self.head_nbytes(self.spread(mean, most, step.layers).clamp(max=prompt), kv, step)
-            extra = int(planned[step.order]) - int(planned.sum()) // step.layers
-            limits.append(self.allowed_nbytes(prompt, kv) + extra * kv.keys.shape[1])
+            held = self.counted(step)
+            extra = int(planned[step.order]) - int(planned[held].sum()) // len(held)
+            limits.append(self.allowed_nbytes(prompt, kv, step) + extra * kv.keys.shape[1])
         return torch.tensor(limits, device=step.prompt.device)[:, None]
 
 

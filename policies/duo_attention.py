@@ -73,7 +73,9 @@ class DuoAttention(Evictor):
                 f"{self}: the pattern is for {rank.shape[0]} layers of {rank.shape[1]} key-value heads, "
                 f"but the model has {step.layers} of {heads}; scripts/find_retrieval_heads.py makes one for it"
             )
-        full = rank[step.order] < self._full_heads(rank, kv, step)[:, None]
+        held = self.counted(step)  # heads of layers that hold nothing are out of the ranking
+        rank = rank[held].flatten().argsort().argsort().view(len(held), heads)
+        full = rank[held.index(step.order)] < self._full_heads(rank, kv, step)[:, None]
         return torch.where(full, kv.counts.width, self.min_slots)
 
     def __call__(self, kv: KV, step: Step) -> KV:
@@ -104,7 +106,7 @@ class DuoAttention(Evictor):
         stream, whole = self.head_nbytes(sizes, kv, step).tolist()
         untouched = int(self.head_nbytes(sizes[1], kv, step, evicted=after))
         nbytes = torch.where(full == heads, heads * untouched, full * whole + (heads - full) * stream).sum(1)
-        allowed = self.allowed_nbytes(prompt, kv) * layers
+        allowed = self.allowed_nbytes(prompt, kv, step) * layers
         fitting = (nbytes <= allowed).nonzero()
         if not len(fitting):
             raise BudgetError(

@@ -15,11 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvbench.kernels.fold import mix_per_token, scores_per_token
 from kvbench.kernels.packing import cast, divide, pack_planar, unpack_planar
 from kvbench.kernels.rotation import hadamard
 from kvbench.policies.interface import Quantizer, Step
 from kvbench.policies.kivi import PerToken
-from kvbench.policies.store import Codec, Packed, Where
+from kvbench.policies.store import Codec, Packed, Where, mix, scores
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,17 @@ class IntToken(Quantizer):
     block: order of the Hadamard blocks, a power of two that divides D; None: the largest. SAW-INT4: 16 in its recipes,
         64 and 128 to be tried per model; QuaRot: all of D.
     symmetric: no zero point, as in vLLM's int8_per_token_head.
+    clip: share in (0, 1] of the range that codes span: elements of y beyond clip * min y or clip * max y (symmetric:
+        +-clip * max |y|) are set to it first. QuaRot: 0.95 for INT4; others: 1.
     residual: so many newest tokens stay in full precision. None of the official codes has such a window: 0.
 
     Raises ValueError for fields outside these sets, for a head_dim that does not fill bytes or blocks, and, unless
     symmetric, for values whose scale or zero point is beyond fp16 (65504).
 
-    Deviations. `rotates_back`: official codes rotate the query (and the output, for values) instead, which is the same
-    product. `zero_point`: fp16, the exact minimum (vLLM's INT4 rounds it to an integer code). `small_scales`: no lower
-    bound of 1e-6 (vLLM); constant tokens are exact instead. `clip`: QuaRot shrinks the range by a clipping ratio, here
-    it is the whole range. `rounding`: half to even (vLLM's INT8 truncates).
+    Deviations. `zero_point`: fp16, the exact minimum (vLLM's INT4 rounds it to an integer code). `small_scales`: no
+    lower bound of 1e-6 (vLLM); constant tokens are exact instead, unless clipped. `clip_within`: a token all of whose y
+    have one sign is clipped at its far end only (QuaRot also moves the near end towards zero). `rounding`: half to even
+    (vLLM's INT8 truncates).
 
     Example: `IntToken(bits=4, rotate=True).encode(keys, values).decode()`, each [batch, kv_heads, tokens, head_dim].
     """
@@ -60,6 +63,7 @@ class IntToken(Quantizer):
     block: int | None = None
     symmetric: bool = False
     residual: int = 0
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +76,8 @@ class IntToken(Quantizer):
             raise ValueError(f"IntToken: block must be a power of two of at least 2, or None, got {self.block!r}")
         if isinstance(self.residual, bool) or not isinstance(self.residual, int) or self.residual < 0:
             raise ValueError(f"IntToken: residual must be an int of 0 or more tokens, got {self.residual!r}")
+        if isinstance(self.clip, bool) or not isinstance(self.clip, (int, float)) or not 0 < self.clip <= 1:
+            raise ValueError(f"IntToken: clip must be a share in (0, 1], got {self.clip!r}")
 
     def check(self, head_dim: int) -> None:
         if head_dim % (8 // self.bits):
@@ -82,7 +88,7 @@ class IntToken(Quantizer):
             raise ValueError(f"{self}: head_dim={head_dim} is not a multiple of {self.block} (block)")
 
     def codecs(self, step: Step | None = None) -> tuple[Codec, Codec]:
-        codec = Symmetric(self.bits) if self.symmetric else Asymmetric(self.bits)
+        codec = (Symmetric if self.symmetric else Asymmetric)(self.bits, self.clip)
         rotated = Rotated(codec, self.block)
         return rotated if self.rotate else codec, rotated if self.rotate_values else codec
 
@@ -96,14 +102,27 @@ class Asymmetric:
     """The affine code that KIVI gives values, in one group per token."""
 
     bits: int
+    clip: float = 1.0
     group: ClassVar[int] = 1
     first: ClassVar[None] = None
 
     def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if self.clip < 1:
+            low, high = x.float().aminmax(dim=1, keepdim=True)
+            x = x.float().clamp(self.clip * low, self.clip * high)
         return PerToken(self.bits, x.shape[1]).encode(x, where)
 
     def decode(self, packed: Packed) -> Tensor:
-        return PerToken(self.bits, packed.rows["codes"].shape[1] * 8 // self.bits).decode(packed)
+        return self._format(packed).decode(packed)
+
+    def scores(self, packed: Packed, query: Tensor) -> Tensor:
+        return self._format(packed).scores(packed, query)
+
+    def mix(self, packed: Packed, weights: Tensor) -> Tensor:
+        return self._format(packed).mix(packed, weights)
+
+    def _format(self, packed: Packed) -> PerToken:
+        return PerToken(self.bits, packed.rows["codes"].shape[1] * 8 // self.bits)
 
     def row_nbytes(self, head_dim: int) -> int:
         return PerToken(self.bits, head_dim).row_nbytes(head_dim)
@@ -117,6 +136,7 @@ class Symmetric:
     """Codes of both signs around zero, stored with an offset, and a float32 scale."""
 
     bits: int
+    clip: float = 1.0
     group: ClassVar[int] = 1
     first: ClassVar[None] = None
 
@@ -126,13 +146,23 @@ class Symmetric:
 
     def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         x = x.float()
-        scale = divide(x.abs().amax(1, keepdim=True), self.top)
+        scale = divide(x.abs().amax(1, keepdim=True) * self.clip, self.top)
         codes = (x / scale.masked_fill(scale == 0, torch.inf)).round_().clamp_(-self.top, self.top).add_(self.top)
         return {"codes": pack_planar(codes.to(torch.uint8), self.bits), "scale": scale}, {}
 
     def decode(self, packed: Packed) -> Tensor:
         x = unpack_planar(packed.rows["codes"], self.bits).float()
         return cast(x.sub_(self.top).mul_(packed.rows["scale"]), packed.dtype)
+
+    def scores(self, packed: Packed, query: Tensor) -> Tensor:
+        return scores_per_token(query, *self._parts(packed, len(query)))
+
+    def mix(self, packed: Packed, weights: Tensor) -> Tensor:
+        return mix_per_token(weights, *self._parts(packed, len(weights)))
+
+    def _parts(self, packed: Packed, lists: int) -> tuple[Tensor, int, Tensor, Tensor]:
+        codes, scale = (packed.rows[k].unflatten(0, (lists, -1)) for k in ("codes", "scale"))
+        return codes, self.bits, scale, scale * -self.top
 
     def row_nbytes(self, head_dim: int) -> int:
         return head_dim * self.bits // 8 + 4
@@ -173,8 +203,16 @@ class Rotated:
     def group_nbytes(self, head_dim: int) -> int:
         return self.of.group_nbytes(head_dim)
 
+    def scores(self, packed: Packed, query: Tensor) -> Tensor:
+        """Products do not change when both sides are turned: queries are few, and rows stay as they are."""
+        return scores(replace(packed, codec=self.of), hadamard(query, self.block, self._signs(query)))
+
+    def mix(self, packed: Packed, weights: Tensor) -> Tensor:
+        out = mix(replace(packed, codec=self.of), weights)
+        return hadamard(out, self.block, self._signs(out), inverse=True)
+
     def _signs(self, x: Tensor) -> Tensor | None:
-        return None if self.seed is None else random_signs(self.seed, x.shape[1], x.device)
+        return None if self.seed is None else random_signs(self.seed, x.shape[-1], x.device)
 
 
 @lru_cache(maxsize=16)

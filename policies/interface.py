@@ -250,6 +250,12 @@ class Step:
         """The quantizer that follows in the stack."""
         return next((p for p in self.stack[self.at + 1 :] if isinstance(p, Quantizer)), None)
 
+    @property
+    def holders(self) -> list[int]:
+        """Numbers (`order`) of the layers that hold slots of their own; see `Policy.sources`."""
+        shared = Stack(self.stack).sources(self.layers)
+        return [order for order in range(self.layers) if order not in shared]
+
     def is_new(self, kv: KV) -> Tensor:
         """[B, H or 1, S] bool: slots whose tokens came since the policy last ran."""
         new = self.seen if self.new is None else self.new
@@ -291,6 +297,9 @@ class Step:
 class Policy(ABC):
     """One pure call `KV -> KV`. Subclasses are frozen dataclasses: compared, hashed, printed and swept."""
 
+    shares: ClassVar[bool] = False
+    """Whether `sources` may name layers, so that not even a prompt is read as without this policy."""
+
     @property
     def needs(self) -> Mapping[str, Any]:
         """What the host must supply.
@@ -313,6 +322,14 @@ class Policy(ABC):
     def block(self) -> int | None:
         """If set, prompts are taken in blocks of so many tokens, each attended and compressed before the next."""
         return None
+
+    def sources(self, layers: int) -> Mapping[int, int]:
+        """Layer -> the earlier one whose slots it attends to, holding none itself; of `layers`, numbered by `order`.
+
+        No layer that holds nothing is a source. Such layers are attended by the host; policies never see them. Raises
+        ValueError for layers that there are not.
+        """
+        return {}
 
     def check(self, head_dim: int) -> None:  # noqa: B027 (most policies accept any head)
         """Raises ValueError if heads of this size cannot be handled."""
@@ -371,6 +388,17 @@ class Stack(Policy):
     @property
     def block(self) -> int | None:
         return min((p.block for p in self.policies if p.block is not None), default=None)
+
+    @property
+    def sharing(self) -> Stack:
+        """The members that share layers: they act from the first token on, all others on what is held."""
+        return Stack(tuple(p for p in self.policies if p.shares))
+
+    def sources(self, layers: int) -> Mapping[int, int]:
+        found = [p.sources(layers) for p in self.policies if p.shares]
+        if len(found) > 1:
+            raise ValueError(f"{self}: stack at most one policy that shares layers")
+        return found[0] if found else {}
 
     def check(self, head_dim: int) -> None:
         for policy in self.policies:
@@ -480,11 +508,15 @@ class Budgeted(Policy):
         position = slots * 4 * evicted
         return held + slots * state + (-(-position // heads) if self.shared_over_heads else position)
 
-    def allowed_nbytes(self, prompt: int, kv: KV) -> int:
-        """Bytes per layer of one row that `memory` allows."""
+    def counted(self, step: Step) -> list[int]:
+        """Numbers of the layers whose bytes `memory` is a share of, and is spent on: those that hold slots."""
+        return step.holders
+
+    def allowed_nbytes(self, prompt: int, kv: KV, step: Step) -> int:
+        """Bytes of one row that `memory` of the full cache allows, per layer that is `counted`."""
         _, heads, _, head_dim = kv.keys.shape
         assert self.memory is not None
-        return int(self.memory * 2 * prompt * heads * head_dim * 2)
+        return int(self.memory * 2 * prompt * heads * head_dim * 2 * (step.layers / len(self.counted(step))))
 
     def metadata_nbytes(self, kv: KV, step: Step) -> Tensor:
         """[B] int64: bytes per head that a budget in bytes pays besides slots, unless the whole prompt fits."""
@@ -515,15 +547,16 @@ def _most_slots(
     kv = KV.of(*(torch.empty(1, heads, 0, head_dim, dtype=dtype) for _ in range(2)))
     length = torch.tensor([prompt])
     slots = torch.arange(prompt + 1)
-    allowed = policy.allowed_nbytes(prompt, kv)
+    whole = Step(0, length, length, layers=layers, stack=stack)
+    counted, allowed = policy.counted(whole), policy.allowed_nbytes(prompt, kv, whole)
     spread = policy.spread(slots, torch.full_like(slots, prompt), layers).clamp(max=prompt)
     total = torch.zeros_like(slots)
-    for order in range(layers):
+    for order in counted:
         step = Step(order, length, length, decoding, order=order, layers=layers, stack=stack, at=at)
         # Positions are stored as soon as something is evicted, which at the latest the first decoded token causes.
         held = policy.head_nbytes(slots, kv, step, evicted=(slots < prompt) | decoding) + metadata * (slots < prompt)
         total += heads * held[spread[order]]
-    fitting = (total <= allowed * layers).nonzero()
+    fitting = (total <= allowed * len(counted)).nonzero()
     most = int(fitting.max()) if len(fitting) else 0
     if most < min(policy.min_slots, prompt):
         besides = f" besides {heads * metadata} bytes to choose them by" if metadata else ""
@@ -672,6 +705,9 @@ class Selector(Budgeted):
         if quantizer is None:
             return slots * (2 * head_dim * itemsize)
         return quantizer.slot_nbytes(slots, 1, head_dim, itemsize, step)
+
+    def counted(self, step: Step) -> list[int]:
+        return list(range(step.layers))  # all of them read
 
     def __call__(self, kv: KV, step: Step) -> KV:
         """Called after every forward: keeps what `choose` reads (`KV.side`) up to date."""

@@ -51,13 +51,14 @@ class KVQuant(Quantizer):
     values. Ranges and signposts are constants of the model, not stored in the cache.
 
     bits: 2, 3 or 4.
-    path: a folder that scripts/calibrate_kvquant.py wrote, or the name of a shipped one: "proving".
+    path: a folder that scripts/calibrate_kvquant.py wrote, or scripts/import_kvquant.py from the official quantizer
+        files, or the name of a shipped one: "proving".
     outliers: share of elements kept sparse, in [0, 0.5); that of the calibration run. 0: none, ranges are min and max.
     qnorm: Q-Norm, which the paper uses at 2 bits.
 
     Raises ValueError for fields outside these sets, for a path without an artifact or one whose layers, key-value
-    heads, head_dim or outliers are others, for a head_dim above 256 or codes that do not fill bytes, for numbers beyond
-    fp16 (65504), and where the host does not supply `Step.inverse_frequency`.
+    heads, head_dim or outliers are others or that lacks these bits or Q-Norm, for a head_dim above 256 or codes that do
+    not fill bytes, for numbers beyond fp16 (65504), and where the host does not supply `Step.inverse_frequency`.
 
     Official defaults: 1 % outliers, 16 sequences of 2048 tokens to calibrate; sinks 1 and, at 2 bits, Q-Norm in the
     published checkpoints. Deviations. `per_head_v`: ranges of values are per token and head, as heads may evict
@@ -102,6 +103,11 @@ class KVQuant(Quantizer):
             raise ValueError(
                 f"{self}: the artifact in {found.folder} was calibrated with outliers={found.outliers}; use that, or "
                 f"make another: {command('FOLDER')} --outliers {self.outliers}"
+            )
+        if self.bits not in found.bits or (self.qnorm and not found.qnorm):
+            raise ValueError(
+                f"{self}: the artifact in {found.folder} has codebooks of {', '.join(map(str, found.bits))} bits, "
+                f"{'with' if found.qnorm else 'without'} Q-Norm; use these, or make another: {command('FOLDER')}"
             )
 
     def codecs(self, step: Step | None = None) -> tuple[Codec, Codec]:
@@ -270,10 +276,10 @@ def _half(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """What scripts/calibrate_kvquant.py writes: kvquant.json vouches for kvquant.safetensors.
+    """What scripts/calibrate_kvquant.py and import_kvquant.py write: kvquant.json vouches for kvquant.safetensors.
 
-    tensors, for every layer i: layers.i.k.upper and .lower fp16 [heads, head_dim]; for k and v, and bits b of 2, 3, 4:
-    layers.i.k.codebook.b float32 [2**b] ascending, and layers.i.k.qnorm.b float32 [2], scale and offset.
+    tensors, for every layer i: layers.i.k.upper and .lower fp16 [heads, head_dim]; for k and v, and every b of `bits`:
+    layers.i.k.codebook.b float32 [2**b] ascending, and, if `qnorm`, layers.i.k.qnorm.b float32 [2], scale and offset.
     """
 
     folder: Path
@@ -281,6 +287,8 @@ class Artifact:
     heads: int
     head_dim: int
     outliers: float
+    bits: tuple[int, ...]
+    qnorm: bool
     tensors: Mapping[str, Tensor]
 
     def misfit(self, model: str) -> str:
@@ -308,14 +316,16 @@ def artifact(path: str) -> Artifact:
         if about["format"] != 1 or about["sha256"] != hashlib.sha256(data).hexdigest():
             raise ValueError("they are not of one run")
         tensors, layers, size = load(data), about["layers"], (about["heads"], about["head_dim"])
+        bits, qnorm = tuple(about.get("bits", BITS)), about.get("qnorm", True)
         shapes: dict[str, tuple[int, ...]] = {}
         for i in range(layers):
             shapes |= {f"layers.{i}.k.upper": size, f"layers.{i}.k.lower": size}
             for name in (f"layers.{i}.k", f"layers.{i}.v"):
-                shapes |= {f"{name}.codebook.{b}": (2**b,) for b in BITS} | {f"{name}.qnorm.{b}": (2,) for b in BITS}
+                shapes |= {f"{name}.codebook.{b}": (2**b,) for b in bits}
+                shapes |= {f"{name}.qnorm.{b}": (2,) for b in bits if qnorm}
         if shapes != {name: tuple(x.shape) for name, x in tensors.items()}:
             raise ValueError("tensors are missing, unknown or of the wrong shape")
-        return Artifact(folder, layers, *size, about["outliers"], tensors)
+        return Artifact(folder, layers, *size, about["outliers"], bits, qnorm, tensors)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(
             f"KVQuant: {weights} and kvquant.json cannot be read ({error}); make them again: {command(str(folder))}"

@@ -151,7 +151,8 @@ class KVzip(Evictor):
     def _allowed(self, kvs: Sequence[KV], steps: Sequence[Step]) -> Tensor:
         """[B] bytes that `memory` allows in all layers."""
         prompts = steps[0].prompt
-        allowed = [sum(self.allowed_nbytes(prompt, kv) for kv in kvs) for prompt in prompts.tolist()]
+        parts = list(zip(kvs, steps, strict=True))
+        allowed = [sum(self.allowed_nbytes(prompt, kv, step) for kv, step in parts) for prompt in prompts.tolist()]
         return torch.tensor(allowed, device=prompts.device)
 
 

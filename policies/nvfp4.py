@@ -7,12 +7,8 @@ official code https://github.com/NVIDIA/Model-Optimizer (modelopt/torch/quantiza
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -28,6 +24,7 @@ from kvbench.kernels.packing import (
     encode_e4m3,
     pack_interleaved,
 )
+from kvbench.policies.checkpoint import Biased, calibration
 from kvbench.policies.int_token import Rotated
 from kvbench.policies.interface import Quantizer, Step
 from kvbench.policies.store import Codec, Packed, Where
@@ -54,17 +51,18 @@ class NVFP4(Quantizer):
     rotate: keys are rotated by a Hadamard matrix of order D (its largest power of two), and back when they are read:
         `nvfp4_rotate`.
     checkpoint: where every layer's scales come from, and, if it has any, a bias per head and channel that is subtracted
-        before and added after (`nvfp4_affine`): a folder or file of safetensors as Model-Optimizer exports them
-        (`layers.N. ... .k_scale`, `v_scale`, `k_bias`, `v_bias`), or a JSON file of one scale per layer, as FP8 caches
-        of vLLM and SGLang read them. Layers (of the whole model) that it does not name keep key_scale and value_scale.
+        before and added after (`nvfp4_affine`); see `kvbench.policies.checkpoint`. What scripts/calibrate_scales.py
+        wrote, what Model-Optimizer exports, or a shipped one: "proving" (scales), "proving_affine" (with biases).
+        Layers (of the whole model) that it does not name keep key_scale and value_scale.
 
-    Raises ValueError for scales that are not positive numbers, for a checkpoint that is missing, has no scales or is of
-    a model with other heads, and for a head_dim that is not a multiple of 16.
+    Raises ValueError for scales that are not positive numbers, for a checkpoint that is missing, has no scales, scales
+    per head, or is of a model with other heads, and for a head_dim that is not a multiple of 16.
 
-    Deviations from the official code: the uncalibrated cast variant is the default, since a scale that does not depend
-    on the data makes the codes independent of how tokens were split into forwards and batches; the scales of tiny
-    blocks are clamped to 2**-9, as its storage path does (its fake quantization lets them become 0). With `rotate`, the
-    official code rotates the query instead of turning keys back, which is the same product.
+    Official default: a tensor scale calibrated on text (`nvfp4`). Deviations. `cast`: the default here is the
+    uncalibrated `nvfp4_cast`; either way the scale is no function of the tokens, so codes do not depend on how they
+    were split into forwards and batches. `small_scales`: block scales are clamped to 2**-9, as its storage path does
+    (its fake quantization lets them become 0). `rotates_back`: with `rotate`, the official code rotates the query
+    instead of turning keys back, which is the same product.
 
     Example: `NVFP4().encode(keys, values).decode()` with keys and values [batch, kv_heads, tokens, head_dim].
     """
@@ -88,19 +86,24 @@ class NVFP4(Quantizer):
         if head_dim % _BLOCK:
             raise ValueError(f"{self}: head_dim={head_dim} is not a multiple of {_BLOCK} (channels that share a scale)")
         if self.checkpoint is not None:
-            calibration(self.checkpoint)
+            for (layer, name), tensor in calibration("NVFP4", self.checkpoint).items():
+                if name.endswith("scale") and tensor.numel() > 1:
+                    raise ValueError(
+                        f"NVFP4: checkpoint={self.checkpoint}: {name} of layer {layer} must be one number, got "
+                        f"{tensor.numel()}; scales per head are for FP8"
+                    )
 
     def codecs(self, step: Step | None = None) -> tuple[Codec, Codec]:
         layer = 0 if step is None else step.layer
         return self._codec("k", self.key_scale, self.rotate, layer), self._codec("v", self.value_scale, False, layer)
 
     def _codec(self, side: str, scale: float, rotate: bool, layer: int) -> Codec:
-        if self.checkpoint is None:
-            return Rotated(E2M1Blocks(scale)) if rotate else E2M1Blocks(scale)
-        found = calibration(self.checkpoint)
+        found = {} if self.checkpoint is None else calibration("NVFP4", self.checkpoint)
         blocks = E2M1Blocks(float(found.get((layer, f"{side}_scale"), scale)))
         codec = Rotated(blocks) if rotate else blocks
-        return Biased(codec, self.checkpoint, layer, f"{side}_bias") if (layer, f"{side}_bias") in found else codec
+        if self.checkpoint is None or (layer, f"{side}_bias") not in found:
+            return codec
+        return Biased(codec, "NVFP4", self.checkpoint, layer, f"{side}_bias")
 
 
 @dataclass(frozen=True)
@@ -132,83 +135,3 @@ class E2M1Blocks:
 
     def _decoded(self, scale: Tensor) -> Tensor:
         return decode_e4m3(scale) * (self.tensor_scale / E2M1_MAX)
-
-
-@dataclass(frozen=True)
-class Biased:
-    """What `of` makes of rows less the bias `name` [H, D] of a layer of a checkpoint, which decoding adds again."""
-
-    of: Codec
-    checkpoint: str
-    layer: int
-    name: str
-    group: ClassVar[int] = 1
-    first: ClassVar[None] = None
-
-    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.of.encode(x.float() - self._bias(x, where), where)
-
-    def decode(self, packed: Packed) -> Tensor:
-        x = self.of.decode(replace(packed, dtype=torch.float32))
-        return cast(x + self._bias(x, packed.where), packed.dtype)
-
-    def row_nbytes(self, head_dim: int) -> int:
-        return self.of.row_nbytes(head_dim)
-
-    def group_nbytes(self, head_dim: int) -> int:
-        return 0
-
-    def _bias(self, x: Tensor, where: Where) -> Tensor:
-        """[N, D] as x."""
-        bias, heads = calibration(self.checkpoint)[self.layer, self.name], where.counts.shape[1]
-        if bias.numel() != heads * x.shape[1]:
-            raise ValueError(
-                f"NVFP4: {self.checkpoint}: {self.name} of layer {self.layer} has {bias.numel()} values, but the model "
-                f"has {heads} key-value heads of {x.shape[1]} channels; use a checkpoint of this model"
-            )
-        return bias.to(x.device).view(heads, -1)[where.head]
-
-
-@lru_cache(maxsize=4)
-def calibration(path: str) -> dict[tuple[int, str], Tensor]:
-    """(layer, "k_scale", "v_scale", "k_bias" or "v_bias") -> float32 tensor."""
-    place = Path(path)
-    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
-    if not files:
-        raise ValueError(
-            f"NVFP4: checkpoint={path}: no such file, or no *.safetensors in it; Model-Optimizer writes one: "
-            f"python hf_ptq.py --pyt_ckpt_path MODEL --kv_cache_qformat nvfp4 --export_path {path}"
-        )
-    found = _from_json(place) if place.suffix == ".json" else _from_safetensors(files)
-    if not found:
-        raise ValueError(
-            f"NVFP4: checkpoint={path}: no tensor is named layers.N. ... .k_scale, v_scale, k_bias, v_bias"
-        )
-    for (layer, name), tensor in found.items():
-        if not bool(tensor.isfinite().all()) or (name.endswith("scale") and (tensor.numel() != 1 or tensor <= 0)):
-            raise ValueError(f"NVFP4: checkpoint={path}: {name} of layer {layer} must be one positive number or a bias")
-    return found
-
-
-def _from_safetensors(files: list[Path]) -> dict[tuple[int, str], Tensor]:
-    from safetensors import safe_open
-
-    found = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if match := re.search(r"layers\.(\d+)\.(?:.*\.)?([kv]_(?:scale|bias))$", name):
-                    found[int(match[1]), match[2]] = tensors.get_tensor(name).float()
-    return found
-
-
-def _from_json(file: Path) -> dict[tuple[int, str], Tensor]:
-    """{"kv_cache": {"scaling_factor": {"0": {layer: scale}}}}; the "0" is a rank of tensor parallelism."""
-    try:
-        (layers,) = json.loads(file.read_text())["kv_cache"]["scaling_factor"].values()
-        return {(int(i), f"{side}_scale"): torch.tensor(float(s)) for i, s in layers.items() for side in "kv"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'NVFP4: {file}: must be {{"kv_cache": {{"scaling_factor": {{"0": {{layer: scale}}}}}}}}, '
-            f"of one rank ({error})"
-        ) from error

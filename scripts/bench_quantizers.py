@@ -12,7 +12,8 @@ kind "keys": the same output error on keys made to break formats: "bias", a larg
     Qwen2.5 has in its first and last layers; "sinks", learned sinks in the softmax, as GPT-OSS has; "plain", neither.
 kind "time": random keys and values; encode_s of the whole cache, attend_s of one query that decodes tile by tile,
     dense_fp32_s and dense_bf16_s of the same attention uncompressed, peak_bytes: the most memory alive during attend
-    beyond the cache. Formats calibrated for a model are timed with its heads instead.
+    beyond the cache. Formats calibrated for a model are timed with its heads instead. For transformers' QuantizedCache
+    (conf/quant/hf_*; those whose backend is not installed are left out) attend_s is `update` and the attention.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -35,16 +37,18 @@ from policy_table import bits_per_element, configured
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
+from transformers import LlamaConfig
 
 from kvbench import CompressedCache
+from kvbench.baselines import Baseline, BaselineError, held_nbytes, quantized_cache
+from kvbench.cache import tile_of
 from kvbench.corpus import document
 from kvbench.kernels.attention import attend, attend_tiles
 from kvbench.kernels.rotation import rotate
 from kvbench.policies import KV, Full, Mixed, Quantizer, Step
 from kvbench.sweep import commit, load_model
-
-TILE = 4096
 
 
 def packs_everything(policy: Quantizer) -> Quantizer:
@@ -160,8 +164,7 @@ def times(policy: Quantizer, tokens: int, heads: int, group: int, dim: int, repe
     options = {"scaling": dim**-0.5}
 
     def packed() -> Any:
-        tile = max(TILE // heads * heads, 1)
-        return attend_tiles(query, kv.keys.columns, kv.values.columns, tile, at, slots, **options)
+        return attend_tiles(query, kv.keys.scores, kv.values.mix, heads, tile_of(kv), at, slots, **options)
 
     alive = LiveBytes()
     with alive:
@@ -175,18 +178,53 @@ def times(policy: Quantizer, tokens: int, heads: int, group: int, dim: int, repe
     }  # fmt: skip
 
 
+def baseline_times(name: str, tokens: int, heads: int, group: int, dim: int, repeats: int) -> dict[str, Any]:
+    """A decode step of one of transformers' quantized caches: what its `update` and attention take."""
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 1, heads, tokens, dim).unbind()
+    query = torch.randn(1, heads * group, 1, dim)
+    config = LlamaConfig(
+        hidden_size=heads * group * dim, num_attention_heads=heads * group, num_key_value_heads=heads, head_dim=dim,
+        num_hidden_layers=1,
+    )  # fmt: skip
+    cache = quantized_cache(name, SimpleNamespace(config=config))
+    start = time.perf_counter()
+    cache.update(keys, values, 0)
+    encode = time.perf_counter() - start
+
+    def step() -> Any:
+        k, v = cache.update(keys[:, :, :1], values[:, :, :1], 0)
+        return scaled_dot_product_attention(query, k, v, enable_gqa=True)
+
+    alive = LiveBytes()
+    with alive:
+        step()
+    at, slots = torch.tensor([[tokens - 1]]), torch.arange(tokens, dtype=torch.int32).view(1, 1, -1)
+    dense = seconds(lambda: attend(query, keys, values, at, slots, scaling=dim**-0.5), repeats)
+    return {
+        "tokens": tokens, "heads": heads, "group": group, "head_dim": dim, "nbytes": held_nbytes(cache),
+        "encode_s": encode, "attend_s": seconds(step, min(repeats, 3)), "peak_bytes": alive.peak, "dense_fp32_s": dense,
+    }  # fmt: skip
+
+
 def measurements(options: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
     """(file of conf/quant, kind, what measures it)."""
     record = recorded(options.prompt)
     heads, dim = record[0][0][0].shape[1], record[0][0][0].shape[3]
     for name, policy in configured("quant", "none"):
-        if not isinstance(policy, Quantizer) or (options.quantizers and name not in options.quantizers):
+        if options.quantizers and name not in options.quantizers:
+            continue
+        shape = (options.heads, options.group, options.head_dim)
+        if isinstance(policy, Baseline):
+            yield name, "time", lambda n=name, s=shape: baseline_times(n, options.tokens, *s, options.repeats)
+        if not isinstance(policy, Quantizer):
             continue
         whole = packs_everything(policy)
         bits = dict(zip(("key_bits", "value_bits"), bits_per_element(policy), strict=True))
         yield name, "error", lambda p=whole, b=bits: {**b, **errors(p, record)}
         yield name, "keys", lambda p=whole: hard_keys(p, record)
-        shape = (heads, 2, dim) if hasattr(policy, "path") else (options.heads, options.group, options.head_dim)
+        calibrated = getattr(policy, "path", getattr(policy, "checkpoint", None)) is not None
+        shape = (heads, 2, dim) if calibrated else shape
         yield name, "time", lambda p=whole, s=shape: times(p, options.tokens, *s, options.repeats)
 
 
@@ -203,7 +241,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     known = {(row["quant"], row["kind"]) for row in rows}
     todo = [(name, kind, measure) for name, kind, measure in measurements(options) if (name, kind) not in known]
     for name, kind, measure in tqdm(todo, desc="quantizers", disable=None):
-        found = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in measure().items()}
+        try:
+            found = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in measure().items()}
+        except BaselineError as error:
+            print(f"left out: {error}")
+            continue
         rows.append({
             "quant": name, "kind": kind, **found, **settings, "torch": torch.__version__,
             "kvbench": version("kvbench"), "commit": commit(),
@@ -218,18 +260,24 @@ def summary(rows: list[dict[str, Any]]) -> Table:
     table = Table(
         title="bits · errors on the proving model · output error on hard keys · decode attention against dense"
     )
-    columns = ("quant", "bits K / V", "keys", "values", "output", "bias", "sinks", "× fp32", "× bf16", "encode ms")
+    columns = ("quant", "bits K / V", "keys", "values", "output", "bias", "sinks")
+    columns += ("× fp32", "attend ms", "peak MiB", "encode ms")
     for column in columns:
         table.add_column(column, justify="left" if column == "quant" else "right")
     by_kind = {(row["quant"], row["kind"]): row for row in rows}
     for name in sorted({row["quant"] for row in rows}):
-        error, hard, timed = (by_kind[name, kind] for kind in ("error", "keys", "time"))
+        timed = by_kind[name, "time"]
+        lost = ["–"] * 6  # transformers' caches are only timed
+        if (name, "error") in by_kind:
+            error, hard = by_kind[name, "error"], by_kind[name, "keys"]
+            lost = [
+                f"{error['key_bits']:.3g} / {error['value_bits']:.3g}",
+                *(f"{error[k]:.3f}" for k in ("key_error", "value_error", "output_error")),
+                *(f"{hard[k]:.3f}" for k in ("bias", "sinks")),
+            ]
         table.add_row(
-            name, f"{error['key_bits']:.3g} / {error['value_bits']:.3g}",
-            *(f"{error[k]:.3f}" for k in ("key_error", "value_error", "output_error")),
-            f"{hard['bias']:.3f}", f"{hard['sinks']:.3f}",
-            *(f"{timed['attend_s'] / timed[k]:.1f}" for k in ("dense_fp32_s", "dense_bf16_s")),
-            f"{1000 * timed['encode_s']:.0f}",
+            name, *lost, f"{timed['attend_s'] / timed['dense_fp32_s']:.1f}", f"{1000 * timed['attend_s']:.0f}",
+            f"{timed['peak_bytes'] / 2**20:.0f}", f"{1000 * timed['encode_s']:.0f}",
         )  # fmt: skip
     return table
 

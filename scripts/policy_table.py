@@ -22,7 +22,20 @@ from typing import Any
 import torch
 import yaml
 
-from kvbench.policies.interface import Budgeted, Draft, Evictor, Policy, Quantizer, Repeat, Selector, SoftTokens, Step
+from kvbench.baselines import Baseline
+from kvbench.policies.interface import (
+    Budgeted,
+    Draft,
+    Evictor,
+    Mixed,
+    Policy,
+    Quantizer,
+    Repeat,
+    Selector,
+    SoftTokens,
+    Stack,
+    Step,
+)
 from kvbench.results import ResultsError, read_cells
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,9 +45,11 @@ MEMORY, TASKS = 0.25, ("recall", "niah", "ppl")
 
 def build(conf: Mapping[str, Any], budget: Any = 4096) -> Policy:
     """The policy a file of conf names; a wrapper's budget is that of the evictor it wraps."""
+    if "policies" in conf:
+        return Stack(tuple(build(member, budget) for member in conf["policies"]))
     module, _, name = conf["_target_"].rpartition(".")
     target = getattr(importlib.import_module(module), name)
-    options = {k: build(v, budget) if k == "base" else v for k, v in conf.items() if k != "_target_"}
+    options = {k: build(v, budget) if isinstance(v, dict) else v for k, v in conf.items() if k != "_target_"}
     return target(**options) if "base" in conf or not issubclass(target, Budgeted) else target(budget, **options)
 
 
@@ -48,7 +63,7 @@ def section(policy: Policy, begin: str, end: str) -> str:
 def source(policy: Policy) -> str:
     """Links to paper and code, from the module's docstring; of evictors' code only what is official."""
     text = importlib.import_module(type(policy).__module__).__doc__ or ""
-    code = "" if isinstance(policy, Quantizer) else "official code "
+    code = "official code " if isinstance(policy, Budgeted) else ""
     links = [
         ("paper", r"(https?://(?:arxiv|openreview|mlsys|dl\.acm)\.\S+?)[,.;)]?(?:\s|$)"),
         ("code", code + r"(https?://github\.com/\S+?)[,.;)]?(?:\s|$)"),
@@ -156,9 +171,12 @@ def quantizers() -> Iterator[str]:
     nan = float("nan"), float("nan")
     for name, policy in configured("quant", "none"):
         alone, stacked = kept.get(("full", name, None, None), nan), kept.get(("snapkv", name, 0.125, None), nan)
-        if isinstance(policy, Quantizer):
+        if not isinstance(policy, Baseline):
+            members = Stack((policy,)).policies
             bits = " / ".join(f"{bits:.4g}" for bits in bits_per_element(policy))
-            what = f"`{policy}` {source(policy)}", bits, windows(policy), calibration(policy)
+            parts = [[f(p) for p in members] for f in (windows, calibration)]
+            told = [next((cell for cell in cells if cell != "–"), "–") for cells in parts]
+            what = f"`{policy}` " + " ".join(map(source, members)), bits, *told
         else:
             what = f"transformers' `QuantizedCache`: {name.removeprefix('hf_')}", "–", "–", "–"
         yield row(
@@ -166,17 +184,19 @@ def quantizers() -> Iterator[str]:
             *what,
             f"{percent(alone[0])} at {percent(alone[1])}" if alone[0] == alone[0] else "–",
             percent(stacked[0]) if stacked[0] == stacked[0] else "–",
-            deviations(policy),
+            ", ".join(cell for p in Stack((policy,)).policies if (cell := deviations(p)) != "–") or "–",
         )
 
 
-def bits_per_element(policy: Quantizer, layers: int = 4) -> list[float]:
+def bits_per_element(policy: Policy, layers: int = 4) -> list[float]:
     """Of keys and of values, metadata included, mean over layers, at head_dim 128 or as calibrated."""
-    head_dim = 64 if hasattr(policy, "path") else 128
+    stack = Stack((policy,))
+    quantizer: Any = next((p for p in stack.policies if isinstance(p, Quantizer)), Mixed())
+    head_dim = 64 if hasattr(quantizer, "path") else 128
     total = [0.0, 0.0]
-    for order in range(layers):
-        none = torch.zeros(1, dtype=torch.int64)
-        for i, codec in enumerate(policy.codecs(Step(order, none, none, order=order, layers=layers))):
+    none = torch.zeros(1, dtype=torch.int64)
+    for order in Step(0, none, none, layers=layers, stack=stack.policies).holders:
+        for i, codec in enumerate(quantizer.codecs(Step(order, none, none, order=order, layers=layers))):
             nbytes = 2 * head_dim
             if codec is not None:
                 nbytes = codec.row_nbytes(head_dim) + codec.group_nbytes(head_dim) / codec.group
@@ -184,16 +204,18 @@ def bits_per_element(policy: Quantizer, layers: int = 4) -> list[float]:
     return total
 
 
-def windows(policy: Quantizer) -> str:
+def windows(policy: Policy) -> str:
     """First tokens and residual window that stay in full precision."""
+    if not isinstance(policy, Quantizer):
+        return "–"
     residual = getattr(policy, "residual", 0)
     sinks = max(policy.keeps)
     parts = [f"{sinks} sink{'s' * (sinks > 1)}"] * bool(sinks) + [f"last {residual}"] * bool(residual)
     return ", ".join(parts) or "–"
 
 
-def calibration(policy: Quantizer) -> str:
-    if not hasattr(policy, "path"):
+def calibration(policy: Policy) -> str:
+    if getattr(policy, "path", getattr(policy, "checkpoint", None)) is None:
         return "–"
     module = importlib.import_module(type(policy).__module__).__doc__ or ""
     found = re.search(r"scripts/\w+\.py", f"{module} {inspect.getdoc(type(policy))}")

@@ -1,16 +1,21 @@
 """The engine: shared prefills change nothing, the first token feels the policy, checks and errors."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
-from transformers import DynamicCache, cache_utils
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, cache_utils
 
-from kvbench import baselines
+from kvbench import baselines, engine
+from kvbench.answer import Prompt, Run
 from kvbench.baselines import Baseline, quantized_cache
-from kvbench.answer import Run
-from kvbench.engine import prepare, run_stacks
-from kvbench.policies import FP8, H2O, KIVI, Full, KeyDiff, Random, SnapKV, Stack, StreamingLLM
+from kvbench.cache import PolicyLayer
+from kvbench.corpus import document
+from kvbench.engine import batches, batches_for, run_stacks
+from kvbench.policies import FP8, H2O, KIVI, Full, KeyDiff, KVzip, Random, SnapKV, Stack, StreamingLLM
+from kvbench.prompts import prepare
 from kvbench.tasks import Niah, Ppl, Recall
 from kvbench.tasks.sample import Sample
 
@@ -174,3 +179,142 @@ def test_a_baseline_whose_backend_is_missing_says_so(tiny, monkeypatch):
     assert run.infeasible == "hf_quanto4: You need to install optimum-quanto (pip install optimum-quanto)"
     with pytest.raises(ValueError, match="no baseline named 'hf_int3'; there are: hf_quanto2, "):
         Baseline("hf_int3")
+
+
+@pytest.mark.parametrize("record", ["cpu", "recompute"])
+@pytest.mark.parametrize("query_aware", [False, True])
+def test_where_the_record_waits_changes_nothing(tiny, device, record, query_aware):
+    model, tokenizer = tiny
+    model.to(device)
+    task = Recall(length=320, needles=2, count=3)
+    stacks = [*STACKS, KVzip(budget=0.3)]  # KVzip reads all layers at once
+    usual, other = (
+        run_stacks(model, tokenizer, task, stacks, query_aware=query_aware, batch_size=2, record=where)
+        for where in ("device", record)
+    )
+    model.to("cpu")
+    assert rows_of(usual) == rows_of(other)
+    assert all(run.checks == {"fired": True, "bytes_ok": True} for run in other)
+
+
+@pytest.mark.parametrize(("record", "held"), [("device", 1), ("cpu", 1), ("recompute", 0)])
+def test_what_is_alive_while_a_stack_answers(tiny, monkeypatch, record, held):
+    """The prefill if it is kept, no matter when the garbage collector runs; never the cache of the stack before."""
+    model, tokenizer = tiny
+    alive, answer = [], engine.answer
+    count = []
+
+    def watched(*arguments, **options):
+        cache = arguments[3]
+        count.append(sum(layer() is not None for layer in alive) - len(cache.layers))
+        return answer(*arguments, **options)
+
+    def layer_of(*arguments, real=PolicyLayer.__init__):
+        real(*arguments)
+        alive.append(weakref.ref(arguments[0]))
+
+    monkeypatch.setattr(engine, "answer", watched)
+    monkeypatch.setattr(PolicyLayer, "__init__", layer_of)
+    gc.collect()
+    gc.disable()
+    try:
+        run_stacks(model, tokenizer, Recall(length=320, needles=2, count=2), STACKS[1:4], batch_size=1, record=record)
+    finally:
+        gc.enable()
+    assert count == [held * len(model.model.layers)] * 6
+    with pytest.raises(ValueError, match="record='disk' is not one of device, cpu, recompute"):
+        run_stacks(model, tokenizer, Recall(length=320, needles=2, count=2), STACKS[:1], record="disk")
+
+
+def sized(*lengths, held_back=1, new=0):
+    return [
+        Prompt(Sample(f"{i}-{n}", "x", "", "", "", ("x",), new), [0] * (n - held_back), [0] * held_back, [])
+        for i, n in enumerate(lengths)
+    ]
+
+
+def lengths_of(made):
+    return [[len(p.prefix) + len(p.held_back) for p in batch] for batch in made]
+
+
+def test_batches_hold_a_bounded_number_of_tokens():
+    assert lengths_of(batches(sized(10, 500, 10, 20, 90, 10, 30), 3, 100)) == [[10, 10, 10], [20, 30], [90], [500]]
+    assert lengths_of(batches(sized(10, 10, 10, 10), 16, 40)) == [[10] * 4]
+    assert lengths_of(batches(sized(10, 10, 10, 10), 16, 39)) == [[10] * 3, [10]]
+    assert lengths_of(batches(sized(10, 10, new=5), 16, 29)) == [[10], [10]], "answers take room, too"
+    mixed = [*sized(10, 12, held_back=2), *sized(11, 13, held_back=4)]
+    assert lengths_of(batches(mixed, 4, 1000, lambda p: len(p.held_back))) == [[10, 12], [11, 13]]
+
+
+def test_another_batch_size_after_an_interruption_repeats_no_row(tiny):
+    model, tokenizer = tiny
+    task, parts = Recall(length=320, needles=2, count=4), []
+    (whole,) = run_stacks(
+        model, tokenizer, task, STACKS[1:2], batch_size=3, on_finished=lambda i, part: parts.append(part)
+    )
+    (again,) = run_stacks(model, tokenizer, task, STACKS[1:2], batch_size=4, finished=[parts[:1]])
+    assert rows_of([again]) == rows_of([whole])
+
+
+class Mixed:
+    """Questions of very different length; every answer has eight tokens."""
+
+    name, kind = "mixed", "generate"
+
+    def samples(self, tokenizer):
+        return [
+            Sample(f"s{i}", "mixed", document(i, count=4), " why ?" * (1 + 5 * i), " so", ("x",), 8, min_new_tokens=8)
+            for i in range(4)
+        ]
+
+    def score(self, sample, prediction):
+        return 0.0
+
+
+def test_rows_of_a_batch_answer_as_alone_with_sliding_windows(tiny, monkeypatch):
+    _, tokenizer = tiny
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, layer_types=["sliding_attention", "full_attention"], sliding_window=16,
+        initializer_range=0.4, query_pre_attn_scalar=32, tie_word_embeddings=False, max_position_embeddings=4096,
+        bos_token_id=0, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config).eval()
+    stacks = [Full(), SnapKV(0.5, window=8)]
+    alone, together = (run_stacks(model, tokenizer, Mixed(), stacks, batch_size=size) for size in (1, 4))
+    assert rows_of(alone) == rows_of(together)
+    assert len({row["prediction"] for row in alone[0].rows}) > 2
+    monkeypatch.setattr(engine, "batches_for", lambda model, task, *arguments: batches(*arguments))
+    assert rows_of(run_stacks(model, tokenizer, Mixed(), stacks, batch_size=4)) != rows_of(alone), "pads count"
+    prompts = prepare(Mixed(), tokenizer, False, None)
+    assert len(batches_for(model, Mixed(), prompts, 4, 10**6)) == 4
+    assert len(batches_for(tiny[0], Mixed(), prompts, 4, 10**6)) == 1, "models without windows batch them all"
+
+
+def test_rows_say_how_much_of_the_needle_is_kept(tiny):
+    model, tokenizer = tiny
+    task = Niah(lengths=(300,), depths=(0, 50, 100), repeats=1)
+    full, newest = run_stacks(model, tokenizer, task, [Full(), StreamingLLM(budget=100, sinks=0)], batch_size=3)
+    assert all(row["needle_kept"] == [[1.0] * 2] * 2 for row in full.rows)
+    for sample, row in zip(task.samples(tokenizer), newest.rows, strict=True):
+        begin, end = sample.meta["needle_span"]  # a token is a byte, and one BOS stands before them
+        first_kept = 1 + len(sample.context.encode()) - 100
+        share = round((end - max(begin, first_kept - 1)) / (end - begin), 2) if end + 1 > first_kept else 0.0
+        assert row["needle_kept"] == [[pytest.approx(share, abs=0.011)] * 2] * 2
+    assert [row["needle_kept"][0][0] for row in newest.rows][::2] == [0.0, 1.0]
+    (plain,) = run_stacks(model, tokenizer, Mixed(), [Full()])
+    assert all(row["needle_kept"] is None for row in plain.rows)
+
+
+def test_truncated_answers_and_details_are_in_the_row(tiny):
+    model, tokenizer = tiny
+
+    class Told(Mixed):
+        def details(self, sample, prediction):
+            return {"letters": len(prediction)}
+
+    (run,) = run_stacks(model, tokenizer, Told(), [Full()])
+    assert all(row["n_generated"] == 8 and row["truncated"] for row in run.rows)
+    assert all(row["details"]["letters"] == len(row["prediction"]) for row in run.rows)
+    (plain,) = run_stacks(model, tokenizer, Mixed(), [Full()])
+    assert all("details" not in row for row in plain.rows)

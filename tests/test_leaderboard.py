@@ -15,6 +15,7 @@ import pytest
 
 from kvbench import leaderboard
 from kvbench.leaderboard import build, load, main_compare, main_leaderboard
+from kvbench.leaderboard.chart import chart
 from kvbench.leaderboard.needles import bins, heat
 from kvbench.leaderboard.words import column
 from kvbench.results import cell_id, write_cell
@@ -354,6 +355,281 @@ def test_interaction_needs_equal_kept_tokens(tmp_path):
     assert contrast.verdict == "stacking hurts more than the sum"
 
 
+def table_of(section, title):
+    """The rows of a further table, by name."""
+    table = next(t for t in section.tables if t.title == title)
+    return table, {row.name: dict(zip(table.head[1:], row.cells, strict=True)) for row in table.rows}
+
+
+def test_seeds_of_a_task_are_one_column_and_its_strata(tmp_path):
+    for seed, high in ((0, 1.0), (1, 0.5), (2, 0.0)):
+        rows = [sample(f"{i}-s{seed}", 1, seed=seed) for i in range(4)]
+        damaged = [{**r, "score": high} for r in rows]
+        write(tmp_path, cell(samples=rows, seed=seed, fields={"seed": seed}))
+        write(tmp_path, cell("a", samples=damaged, seed=seed, fields={"seed": seed}))
+    board, section, stacks = the_only_section(tmp_path)
+    assert [(t.label, t.n, t.seeds) for t in section.tasks] == [("recall", 12, (0, 1, 2))]
+    a = stacks["a"]
+    assert a.headline.estimate == 0.5 and a.headline.low == a.headline.high  # seeds are drawn apart
+    assert a.seed_sd == pytest.approx(0.5) and stacks["full cache"].seed_sd == 0
+    _, rows = table_of(section, "Between data seeds")
+    assert rows["a"] == {"Seed 0": "100.0", "Seed 1": "50.0", "Seed 2": "0.0", "SD": "50.0"}
+    assert any("Between data seeds" in line and "at worst 50.0" in line for line in section.caption)
+    assert section.floor is None  # other prompts are no second run
+
+
+def test_a_task_seed_that_keeps_the_prompts_is_no_stratum(tmp_path):
+    """Sampled decoding: three draws of the answer to the same prompts are averaged per sample."""
+    for seed in range(3):
+        write(tmp_path, cell(scores=[1, 1, 1, 1], seed=seed, fields={"seed": seed}))
+        write(tmp_path, cell("a", scores=[1, 0, 1, float(seed == 0)], seed=seed, fields={"seed": seed}))
+    _, section, stacks = the_only_section(tmp_path)
+    assert stacks["a"].n == 4 and stacks["a"].headline.estimate == pytest.approx((1 + 0 + 1 + 1 / 3) / 4)
+    assert math.isnan(stacks["a"].seed_sd) and stacks["a"].headline.low < stacks["a"].headline.high
+
+
+def test_a_task_without_signal_is_not_ranked(tmp_path):
+    good, weak = [1.0] * 30, [1.0] * 2 + [0.0] * 28
+    write(tmp_path, cell(scores=good), cell(scores=weak, task="qa"))
+    write(tmp_path, cell("a", scores=good), cell("a", scores=[0.0] * 30, task="qa"))
+    write(tmp_path, cell("b", scores=[1.0] * 20 + [0.0] * 10))  # did not run on qa, which does not count
+    board, section, stacks = the_only_section(tmp_path)
+    assert {t.label: t.signal for t in section.tasks} == {"qa": False, "recall": True}
+    assert stacks["a"].headline.estimate == 1 and stacks["a"].delta.estimate == 0
+    assert stacks["b"].rank is not None and not stacks["b"].missing
+    assert any("No signal, so not ranked: qa (6.7 %)" in note for note in section.notes)
+    assert "no signal" in leaderboard.to_html(board) and "no signal" in leaderboard.to_markdown(board)
+
+
+def test_if_no_task_has_signal_the_table_says_so(tmp_path):
+    write(tmp_path, cell(scores=[1] + [0] * 39), cell("a", scores=[0] * 40))
+    _, section, _ = the_only_section(tmp_path)
+    assert any("No task has signal" in note for note in section.notes)
+
+
+def test_likelihoods_need_no_signal(tmp_path):
+    write(
+        tmp_path, cell(scores=[0.02] * 5, task="ppl", kind="nll"), cell("a", scores=[0.01] * 5, task="ppl", kind="nll")
+    )
+    _, section, stacks = the_only_section(tmp_path)
+    assert section.tasks[0].signal and stacks["a"].headline.estimate == pytest.approx(0.5)
+
+
+def test_retention_counts_from_a_zero_or_from_chance(tmp_path):
+    write(tmp_path, cell(scores=[1] * 30), cell("a", scores=[1] * 15 + [0] * 15))
+    write(tmp_path, cell("tiny", scores=[1] * 6 + [0] * 24, budget=4))
+    by_stack = {s.key: s for s in load(tmp_path, resamples=100, zero="tiny@4tokens").sections[0].stacks}
+    assert by_stack["a"].headline.estimate == pytest.approx((0.5 - 0.2) / 0.8)
+    assert by_stack["tiny@4tokens"].headline.estimate == 0
+    other = load(tmp_path, resamples=100, zero="gone").sections[0]
+    assert any("No stack gone here" in note for note in other.notes)
+    choices = tmp_path / "choices"
+    write(
+        choices,
+        cell(scores=[1] * 30, task="longbench_v2_x"),
+        cell("a", scores=[1] * 15 + [0] * 15, task="longbench_v2_x"),
+    )
+    _, _, stacks = the_only_section(choices)
+    assert stacks["a"].headline.estimate == pytest.approx((0.5 - 0.25) / 0.75)
+
+
+def test_lossless_needs_many_samples(tmp_path):
+    for name, n in (("few", 30), ("many", 400)):
+        write(
+            tmp_path / name,
+            cell(scores=[1] * n),
+            cell("a", scores=[1] * n),
+            cell("b", scores=[0] * 60 + [1] * (n - 60)),
+        )
+    _, section, stacks = the_only_section(tmp_path / "many")
+    assert stacks["a"].lossless and not stacks["b"].lossless and stacks["b"].differs
+    assert stacks["b"].p_adjusted == pytest.approx(2 * stacks["b"].difference.p)  # Holm over two
+    _, _, stacks = the_only_section(tmp_path / "few")
+    assert not stacks["a"].lossless and not stacks["a"].differs
+    board = load(tmp_path / "many", resamples=100, margin=0.005, correction="bh")
+    assert not any(s.lossless for s in board.sections[0].stacks)
+    assert any("exploration" in line for line in board.sections[0].caption)
+
+
+def test_a_stack_that_is_surely_beaten_names_its_better(tmp_path):
+    write(tmp_path, cell(scores=[1] * 60), cell("a", scores=[1] * 55 + [0] * 5, memory=0.25, rho=0.25))
+    write(tmp_path, cell("b", scores=[1] * 20 + [0] * 40, memory=0.5, rho=0.5))
+    board, _, stacks = the_only_section(tmp_path)
+    assert stacks["b@0.5"].dominated_by is stacks["a@0.25"] and stacks["a@0.25"].dominated_by is None
+    assert "Surely beaten by" in leaderboard.to_html(board) and ",a@0.25," in leaderboard.to_csv(board)
+
+
+def test_a_full_grid_gives_rates_gains_and_areas(tmp_path):
+    rng = np.random.default_rng(0)
+    ease = rng.uniform(-0.02, 0.02, 40)
+    kept, bits = {1: 1.0, 2: 0.5, 4: 0.25}, {"none": 16, "q8": 8, "q4": 4}
+    for r, share in kept.items():
+        for quant, b in bits.items():
+            x, y = math.log2(r), math.log2(16 / b)
+            score = 0.95 - 0.05 * x - 0.02 * y - 0.03 * x * y + ease
+            rows = [{**sample(i, s, rho=share * b / 16), "kept_tokens": 512 * share} for i, s in enumerate(score)]
+            evict, budget = ("full", None) if r == 1 else ("h2o", share)
+            write(tmp_path, cell(evict, quant, samples=rows, budget=budget))
+    board, section, _ = the_only_section(tmp_path)
+    _, rates = table_of(section, "How does the damage grow when both are turned up?")
+    assert rates["h2o"]["Grid"] == "2 × 2" and rates["h2o"]["g, points"] == "+3.00"
+    assert "4×:" in rates["h2o"]["Best share of quantization"]
+    _, gains = table_of(section, "What does stacking gain at equal bytes?")
+    assert gains["4×"]["Best alone"] == "q4" and gains["4×"]["Best stack"] == "h2o+q8@0.5tokens"
+    assert (
+        gains["4×"]["Reading"] == "one method alone wins" and float(gains["4×"]["Gain, points"].replace("−", "-")) < 0
+    )
+    _, kinds = table_of(section, "What each kind of compression reaches")
+    assert list(kinds) == ["Eviction alone", "Quantization alone", "Both, stacked", "All of them"]
+    full = 0.95 + ease.mean()
+    best = [(1, full - 0.02), (1, full - 0.04)]  # q8 and q4, one octave each
+    assert kinds["Quantization alone"]["Hypervolume, %"] == f"{100 * sum(w * s / full for w, s in best) / 5:.1f}"
+    table, curves = table_of(section, "Curves over budgets")
+    assert set(curves) == {"h2o", "h2o + q8", "h2o + q4"} and curves["h2o"]["Up to"] == "4× *"
+    area = ((1 + (full - 0.05) / full) / 2 + (full - 0.05 + full - 0.1) / full / 2) / 2
+    assert curves["h2o"]["Area, %"] == f"{100 * area:.1f}"
+    assert table.title in leaderboard.to_html(board) and table.title in leaderboard.to_markdown(board)
+
+
+def test_the_order_of_a_stack_is_compared_at_equal_bytes(tmp_path):
+    write(tmp_path, cell(scores=[1] * 40))
+    write(tmp_path, cell("a", "q", scores=[1] * 36 + [0] * 4, stack="A(1) | Q(4)", rho=0.25))
+    write(tmp_path, cell("a", "q", scores=[1] * 12 + [0] * 28, stack="Q(4) | A(1)", rho=0.25))
+    _, section, _ = the_only_section(tmp_path)
+    _, rows = table_of(section, "Does the order matter?")
+    assert rows["A(1) | Q(4)"]["Difference, points"] == "+60.0" and rows["A(1) | Q(4)"]["Reading"] == "order matters"
+
+
+def ruler(name, length, scores, evict="full", variant="ruler_mini", **options):
+    fields = {"variant": variant, "subtask": name, "length": length, "chat": "never"}
+    rows = [
+        sample(f"{name}{length}-{i}", s, task=f"{name}{length}", meta={"length": length}) for i, s in enumerate(scores)
+    ]
+    return cell(evict, task=f"{variant}_{name}", samples=rows, fields=fields, **options)
+
+
+def test_ruler_by_length_and_by_task(tmp_path):
+    share = {("vt", 512): 1.0, ("vt", 1024): 0.9, ("cwe", 512): 0.9, ("cwe", 1024): 0.5}
+    for (name, length), mean in share.items():
+        write(tmp_path, ruler(name, length, [mean - 0.1, min(1.0, mean + 0.1)] * 10))
+        write(tmp_path, ruler(name, length, [mean / 2] * 20, "h2o", memory=0.5))
+    board, section, stacks = the_only_section(tmp_path)
+    table, rows = table_of(section, "ruler_mini by length")
+    assert table.head == ("Stack", "512", "1k", "Mean", "Rising", "Falling", "Effective")
+    low, high = (0.95 + 0.9) / 2, 0.7  # means of the two tasks; vt has 0.9 and 1.0 at 512
+    assert rows["full cache"]["512"].startswith(f"{100 * low:.0f} (") and rows["full cache"]["1k"].startswith("70 (")
+    assert rows["full cache"]["Rising"] == f"{100 * (low + 2 * high) / 3:.1f}"
+    assert rows["full cache"]["Falling"] == f"{100 * (2 * low + high) / 3:.1f}"
+    assert rows["full cache"]["Effective"] == "512" and rows["h2o@0.5"]["Effective"] == "< 512"
+    _, tasks = table_of(section, "ruler_mini by task and length: h2o@0.5")
+    assert tasks["vt"] == {"512": "50 (50–50)", "1k": "45 (45–45)"}
+    assert tasks["cwe"] == {"512": "45 (45–45)", "1k": "25 (25–25)"}
+    assert stacks["full cache"].measures["ruler_mini length 1k"].estimate == pytest.approx(high)
+    assert "ruler_mini length 1k" in leaderboard.to_csv(board)
+
+
+def test_variants_of_ruler_in_one_table_are_pointed_out(tmp_path):
+    write(tmp_path, ruler("vt", 512, [1] * 20), ruler("vt", 512, [1] * 20, variant="ruler"))
+    _, section, _ = the_only_section(tmp_path)
+    assert any("not comparable" in note and "ruler, ruler_mini" in note for note in section.notes)
+
+
+def test_score_by_turn(tmp_path):
+    def turns(*scores):
+        return [{**sample(i, np.mean(scores)), "details": {"turn_scores": list(scores)}} for i in range(20)]
+
+    write(tmp_path, cell(samples=turns(1, 1, 1)), cell("h2o", samples=turns(1, 0.5, 0), memory=0.5))
+    _, section, stacks = the_only_section(tmp_path)
+    _, rows = table_of(section, "Score by turn")
+    assert [rows["h2o@0.5"][k].split()[0] for k in ("Turn 1", "Turn 2", "Turn 3")] == ["100.0", "50.0", "0.0"]
+    assert rows["h2o@0.5"]["Turn 1 minus later"].startswith("75.0")
+    assert stacks["full cache"].measures["turn 1 minus later"].estimate == 0
+
+
+def test_missed_needles_are_evicted_or_not_read(tmp_path):
+    gone, there = [[0.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [0.0, 1.0]]
+    rows = [{**sample(i, i < 6), "needle_kept": there if i < 8 else gone} for i in range(10)]
+    write(tmp_path, cell(samples=[{**r, "needle_kept": there, "score": 1.0} for r in rows]))
+    write(tmp_path, cell("h2o", samples=rows, memory=0.5))
+    board, section, _ = the_only_section(tmp_path)
+    _, table = table_of(section, "Where needles are missed")
+    assert table["h2o@0.5"] == {
+        "Found": "60.0",
+        "Missed: evicted": "20.0",
+        "Missed: not read": "20.0",
+        "Found although evicted": "0.0",
+        "n": "10",
+    }
+    page = leaderboard.to_html(board)
+    assert "Needle kept, % (rows: layers, columns: KV heads)" in page and "of the needles missed" in page
+
+
+def test_long_answers_and_their_bytes(tmp_path):
+    def answers(cut, trace):
+        details = {"repetition": 0.25, "kv_bytes_mean": 2048.0, "kv_bytes_trace": trace}
+        return [
+            {**sample(i, i % 2), "truncated": i < cut, "n_generated": 40, "kv_bytes_peak": 4096, "details": details}
+            for i in range(20)
+        ]
+
+    write(tmp_path, cell(samples=answers(0, [1024] * 5), fields={"trace": 16}))
+    write(tmp_path, cell("h2o", samples=answers(10, [1024, 2048]), fields={"trace": 16}, memory=0.5))
+    _, section, _ = the_only_section(tmp_path)
+    _, rows = table_of(section, "Long answers")
+    assert (
+        rows["h2o@0.5"]["Truncated, %"].startswith("50.0 (")
+        and rows["full cache"]["Truncated, %"] == "0.0 (0.0 to 0.0)"
+    )
+    assert rows["h2o@0.5"]["Mean KiB"] == "2.0" and rows["h2o@0.5"]["Peak KiB"] == "4.0"
+    assert rows["h2o@0.5"]["Tokens"].startswith("40.0") and rows["h2o@0.5"]["Repetition, %"] == "25.0"
+    _, held = table_of(section, "Bytes over the answer")
+    assert held["full cache"] == {"0": "1.0", "16": "1.0", "32": "1.0", "64": "1.0"}
+    assert held["h2o@0.5"] == {"0": "1.0", "16": "2.0", "32": "–", "64": "–"}
+
+
+def test_fidelity_has_its_own_columns(tmp_path):
+    def rows(agree, kl):
+        details = {"kl": kl, "nll_difference": kl / 2, "kl_bins": [kl / 10, kl, 2 * kl]}
+        return [{**sample(i, agree, nll=2.0), "details": details} for i in range(20)]
+
+    write(tmp_path, cell(kind="fidelity", task="fidelity", samples=rows(1.0, 0.0)))
+    write(tmp_path, cell("h2o", kind="fidelity", task="fidelity", samples=rows(0.75, 0.2), memory=0.5))
+    _, section, stacks = the_only_section(tmp_path)
+    _, table = table_of(section, "Fidelity to the full cache")
+    assert [v.split()[0] for v in table["h2o@0.5"].values()] == ["75.0", "0.2000", "0.0200", "0.4000", "0.1000"]
+    assert stacks["h2o@0.5"].tasks["fidelity"].perplexity is None and column(section.tasks[0]) == "fidelity, %"
+
+
+def test_every_table_says_how_it_was_made(tmp_path):
+    cut = [sample(i, 1, meta={"truncated_tokens": 3 * (i < 5)}) for i in range(20)]
+    write(tmp_path, cell(samples=cut, fields={"chat": "always"}, extra={"revision": "abc"}))
+    write(tmp_path, cell("h2o", samples=cut, fields={"chat": "always"}, extra={"revision": "abc"}, memory=0.5))
+    failed = {"status": "failed", "reason": "out of memory", "extra": {"revision": "abc"}, "fields": {"chat": "always"}}
+    write(tmp_path, cell("a", **failed))
+    board, section, _ = the_only_section(tmp_path)
+    said = " ".join(section.caption)
+    for part in (
+        "Model: tiny", "revision abc", "tokenizer", "query-agnostic", "chat template: always", "recall 20",
+        "Data seed: 0", "Prompts truncated: recall 25.0 %", "Budgets are", "A/A floor", "Failures: 1 cell", "lossless",
+    ):  # fmt: skip
+        assert part in said, part
+    assert all(line in html.unescape(leaderboard.to_html(board)) for line in section.caption)
+
+
+def test_no_two_stacks_look_alike_in_the_chart(tmp_path):
+    for count, make in ((30, lambda k: cell("full", f"q{k:02d}", rho=0.5)), (40, lambda k: cell(f"e{k:02d}", rho=0.5))):
+        folder = tmp_path / str(count)
+        write(folder, cell(), *(make(k) for k in range(count)))
+        _, section, _ = the_only_section(folder)
+        points = chart(section).points
+        assert len({p.mark for p in points}) == len(points) == count + 1
+    names = [chr(97 + k) for k in range(6)]
+    grid = tmp_path / "grid"
+    write(grid, *(cell(e, q) for e in ("full", *names) for q in ("none", *names)))
+    _, section, _ = the_only_section(grid)
+    assert len({p.mark for p in chart(section).points}) == 49
+
+
 def test_needle_maps_average_by_length_and_depth(tmp_path):
     grid = [(512, 0.0, 1), (512, 0.0, 0), (512, 1.0, 1), (1024, 0.0, 0)]
     rows = [sample(i, v, task="niah", meta={"length": n, "depth": d}) for i, (n, d, v) in enumerate(grid)]
@@ -495,6 +771,29 @@ def test_compare_uses_the_exact_test_when_few_samples_flip(tmp_path, capsys):
     assert main_compare(["a", "full", str(tmp_path), "--resamples", "500"]) == 0
     said = capsys.readouterr().out
     assert "McNemar p = 0.0625" in said and "do not tell them apart" in said
+
+
+def test_compare_says_what_is_shown_about_equivalence(tmp_path, capsys):
+    write(tmp_path, cell(scores=[1] * 400), cell("same", scores=[1] * 400), cell("worse", scores=[0] * 40 + [1] * 360))
+    for a, b, options, said in (
+        ("same", "full", [], "They are equivalent within 1 point (90 % interval"),
+        ("same", "full", ["--margin", "0.5"], "Equivalence within 0.5 points is not shown"),
+        ("full", "worse", [], "full cache is not worse than worse by 1 point or more"),
+        ("worse", "full", ["--margin", "20"], "equivalent within 20 points"),
+    ):
+        assert main_compare([a, b, str(tmp_path), "--resamples", "300", *options]) == 0
+        assert said in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main_compare(["same", "full", str(tmp_path), "--margin", "0"])
+
+
+def test_compare_tells_a_difference_from_its_size(tmp_path, capsys):
+    """All likelihoods fall a little, and no answer changes: a difference, but of unknown size."""
+    nll = [0.4 - 0.001 * k for k in range(24)]
+    write(tmp_path, cell(scores=[1] * 30), cell(scores=nll, task="ppl", kind="nll"))
+    write(tmp_path, cell("a", scores=[1] * 30), cell("a", scores=[v - 0.003 for v in nll], task="ppl", kind="nll"))
+    assert main_compare(["a", "full", str(tmp_path), "--resamples", "300"]) == 0
+    assert "the signs of the differences say that they do differ" in capsys.readouterr().out
 
 
 def test_compare_refuses_what_is_not_comparable(tmp_path, capsys):

@@ -53,7 +53,8 @@ assert not [name for name in sys.modules if name.partition(".")[0] in {"policies
 for name in sys.argv[2:]:
     assert (files("kvbench.conf") / name).read_text(), name
 assert distribution("kvbench").version == kvbench.__version__
-assert [entry.value for entry in distribution("kvbench").entry_points] == ["kvbench.cli:main"]
+entries = sorted(entry.value for entry in distribution("kvbench").entry_points)
+assert entries == ["kvbench.cli:main", "kvbench.lm_eval:KvbenchLM"]
 """
 
 

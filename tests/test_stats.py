@@ -14,27 +14,50 @@ from kvbench.stats import (
     Sampled,
     aa_floor,
     analytic_se,
+    benjamini_hochberg,
     bootstrap,
+    compression_at,
+    curve_area,
     detectable_difference,
     difference,
+    dominators,
     frontier_probability,
+    holm,
+    hypervolume,
     interaction,
+    interaction_rate,
     mcnemar,
+    order_effect,
     pair,
     pareto_front,
     percentiles,
+    recovered,
     resample_weights,
     rule_of_three,
+    seed_means,
+    seed_spread,
+    sign_flip_p,
+    skewness,
+    stacking_gain,
+    tango,
 )
 
 
-def run(name, query_aware=False, sha="p", clusters=None, **tasks):
+def run(name, query_aware=False, sha="p", clusters=None, seeds=None, **tasks):
     """A run from lists of scores; sample ids are positions."""
     rows = {
-        t: {str(i): Row(s, f"{sha}{i}", clusters and clusters[i]) for i, s in enumerate(scores)}
+        t: {
+            str(i): Row(float(s), f"{sha}{i}", clusters and clusters[i], seeds[i] if seeds else "")
+            for i, s in enumerate(scores)
+        }
         for t, scores in tasks.items()
     }
     return Run(name, query_aware, rows)
+
+
+def exactly(point, count=5):
+    """A statistic without noise: every resample is the point."""
+    return Sampled(np.array(point, dtype=float), np.tile(np.array(point, dtype=float), (count, 1)))
 
 
 def counts(a_only, b_only, n):
@@ -271,3 +294,317 @@ def test_bootstrap_is_reproducible():
     first, second = (bootstrap(paired, resamples=100, seed=5) for _ in range(2))
     assert isinstance(first, Bootstrap)
     np.testing.assert_array_equal(first.macro.draws, second.macro.draws)
+
+
+# -- coverage: an interval must contain the truth as often as it says ------------------------------------------------
+
+
+def coverage(draw, truth, trials=300, resamples=300):
+    """Share of simulated comparisons whose 95 % and 90 % intervals contain the truth."""
+    hits = [0, 0]
+    for k in range(trials):
+        result = difference(*draw(), resamples=resamples, seed=k)
+        hits[0] += result.interval.contains(truth)
+        hits[1] += result.interval90.contains(truth)
+    return hits[0] / trials, hits[1] / trials
+
+
+def flips(rng, sizes, only_a, only_b):
+    """Two binary runs of which one alone is right with these probabilities."""
+    tasks = {"a": {}, "b": {}}
+    for t, n in enumerate(sizes):
+        u, base = rng.random(n), rng.random(n) < 0.8
+        tasks["a"][f"t{t}"] = np.where(u < only_a, 1.0, np.where(u < only_a + only_b, 0.0, base))
+        tasks["b"][f"t{t}"] = np.where(u < only_a, 0.0, np.where(u < only_a + only_b, 1.0, base))
+    return [run(name, **scores) for name, scores in tasks.items()]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "only_a", "only_b"),
+    [((100,), 0.03, 0.01), ((30,) * 4, 0.03, 0.01), ((30, 60, 120), 0.03, 0.01), ((160,), 0.2, 0.1)],
+    ids=["one task", "equal tasks", "unequal tasks", "many flips"],
+)
+def test_intervals_of_binary_scores_cover(sizes, only_a, only_b):
+    """Where few samples flip a percentile bootstrap covers 74 to 92 % instead."""
+    rng = np.random.default_rng(11)
+    wide, narrow = coverage(
+        lambda: flips(rng, sizes, only_a, only_b), only_a - only_b, resamples=300 if only_b > 0.05 else 20
+    )
+    assert 0.925 <= wide <= 0.99 and 0.865 <= narrow <= 0.96  # three standard errors below; discrete scores may exceed
+
+
+@pytest.mark.parametrize("kind", ["clusters", "seeds"])
+def test_intervals_of_grouped_samples_cover(kind):
+    rng, group = (
+        np.random.default_rng(5),
+        np.repeat(np.arange(24 if kind == "clusters" else 3), 5 if kind == "clusters" else 20),
+    )
+
+    def draw():
+        base, n = rng.uniform(0.3, 0.6, len(group)), len(group)
+        shared = rng.normal(0, 0.1, 24)[group] if kind == "clusters" else np.array([-0.2, 0.0, 0.2])[group]
+        names = {kind: [str(g) for g in group]}
+        return run("a", t=base + 0.05 + shared + rng.normal(0, 0.1, n), **names), run("b", t=base, **names)
+
+    wide, narrow = coverage(draw, 0.05)
+    assert 0.915 <= wide <= 0.975 and 0.855 <= narrow <= 0.945
+
+
+def test_skewed_intervals_are_corrected():
+    """Lognormal differences: percentiles miss high values; BCa moves both ends up and covers better."""
+    rng, truth = np.random.default_rng(3), math.exp(0.5)
+    hits = {"bca": 0, "percentile": 0}
+    for k in range(300):
+        paired = pair([run("a", t=rng.lognormal(0, 1, 40).tolist()), run("b", t=[0.0] * 40)])
+        macro = bootstrap(paired, resamples=400, seed=k).macro
+        plain = Sampled(macro.point, macro.draws)
+        hits["bca"] += macro.contrast({0: 1, 1: -1}).contains(truth)
+        hits["percentile"] += plain.contrast({0: 1, 1: -1}).contains(truth)
+    assert hits["bca"] / 300 >= 0.88 and hits["bca"] >= hits["percentile"]
+
+
+def test_bca_matches_scipy():
+    from scipy.stats import bootstrap as scipy_bootstrap
+
+    values = np.random.default_rng(0).lognormal(0, 1, 30)
+    macro = bootstrap(pair([run("a", t=values.tolist())]), resamples=20_000).macro
+    theirs = scipy_bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="BCa", rng=np.random.default_rng(1)
+    ).confidence_interval
+    ours = macro.interval(0)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=0.03)
+    plain = percentiles(float(values.mean()), macro.draws[:, 0])
+    assert ours.low > plain.low and ours.high > plain.high and skewness(macro.draws[:, 0]) > 0.25
+
+
+def test_p_values_are_uniform_without_a_difference():
+    rng, p = np.random.default_rng(8), []
+    for k in range(200):
+        base = rng.uniform(0.2, 0.8, 60)
+        p.append(difference(run("a", t=base + rng.normal(0, 0.1, 60)), run("b", t=base), 400, seed=k).p)
+    assert 0.02 <= np.mean(np.array(p) < 0.05) <= 0.10
+    assert 0.4 <= np.mean(p) <= 0.6
+
+
+# -- equivalence, few changes, corrections ---------------------------------------------------------------------------
+
+
+def test_no_loss_is_shown_by_many_samples_and_not_by_few():
+    few, many = (difference(run("a", t=[1] * n), run("b", t=[1] * n), resamples=200) for n in (50, 400))
+    assert few.interval.estimate == many.interval.estimate == 0
+    assert not few.not_worse(0.01) and many.not_worse(0.01) and many.equivalent(0.01)
+    # No change in n: the 90 % score interval ends at z^2 / (n + z^2) with z = 1.645
+    assert many.worst_loss == pytest.approx(2.7055 / 402.7055, abs=1e-4)
+    better = difference(run("a", t=np.full(60, 0.9)), run("b", t=np.linspace(0.3, 0.5, 60)), resamples=200)
+    assert better.not_worse(0.01) and not better.equivalent(0.01)
+
+
+def test_a_task_that_never_changes_still_widens_the_interval():
+    """Thirty samples without a flip do not prove the absence of flips, whatever a second task says."""
+    losses = np.linspace(0.002, 0.004, 24)
+    a = run("a", quiet=[1] * 30, nll=0.4 - losses)
+    b = run("b", quiet=[1] * 30, nll=[0.4] * 24)
+    result = difference(a, b, resamples=500)
+    assert result.interval.estimate == pytest.approx(-losses.mean() / 2)
+    quiet = tango(0, 0, 30).high / 2
+    assert result.interval.high == pytest.approx(result.interval.estimate + quiet, abs=1e-3)
+    assert result.interval.contains(0.0) and result.sign_test
+    assert result.p < 0.001 and result.resolved  # all 24 likelihoods fell: that is a difference of unknown size
+    assert "quiet" in result.method and not result.not_worse(0.01)
+
+
+def test_unequal_tasks_count_like_one_task_that_varies_as_much():
+    """All flips in the small task weigh more than as many in the large one."""
+    small = difference(run("a", s=[0] * 3 + [1] * 17, l=[1] * 200), run("b", s=[1] * 20, l=[1] * 200), resamples=100)
+    large = difference(run("a", s=[1] * 20, l=[0] * 3 + [1] * 197), run("b", s=[1] * 20, l=[1] * 200), resamples=100)
+    assert small.interval.estimate == pytest.approx(-0.075) and large.interval.estimate == pytest.approx(-0.0075)
+    assert small.interval.low < -0.15 and small.p == large.p == pytest.approx(0.25)
+
+
+def test_recovered_interval_by_hand():
+    one, two = Interval(0.1, 0.0, 0.3), Interval(0.2, 0.1, 0.3)
+    combined = recovered([(0.5, one), (0.5, two)])
+    assert combined.estimate == pytest.approx(0.15)
+    assert combined.low == pytest.approx(0.15 - math.hypot(0.05, 0.05))
+    assert combined.high == pytest.approx(0.15 + math.hypot(0.1, 0.05))
+    assert recovered([(1.0, one)]) == Interval(0.1, pytest.approx(0.0), pytest.approx(0.3))
+
+
+@pytest.mark.parametrize(("above", "below"), [(5, 0), (6, 1), (9, 2), (10, 2), (4, 4), (14, 3)])
+def test_the_sign_test_of_binary_scores_is_mcnemar(above, below):
+    a, b = counts(above, below, 40)
+    exact = mcnemar(a, b).p
+    assert sign_flip_p([a - b]) == pytest.approx(exact, abs=0 if above + below <= 12 else 0.01)
+
+
+def test_holm_and_benjamini_hochberg_by_hand():
+    p = [0.01, 0.04, math.nan, 0.03, 0.005]
+    assert holm(p) == pytest.approx([0.03, 0.06, math.nan, 0.06, 0.02], nan_ok=True)
+    assert benjamini_hochberg(p) == pytest.approx([0.02, 0.04, math.nan, 0.04, 0.02], nan_ok=True)
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == [] and math.isnan(benjamini_hochberg([math.nan])[0])
+
+
+def test_holm_keeps_false_claims_rare():
+    rng, wrong = np.random.default_rng(2), {"holm": 0, "none": 0}
+    for _ in range(400):
+        p = rng.random(20).tolist()
+        wrong["holm"] += min(holm(p)) < 0.05
+        wrong["none"] += min(p) < 0.05
+    assert wrong["holm"] / 400 < 0.09 < wrong["none"] / 400
+
+
+def test_retention_counts_from_the_zero():
+    runs = [
+        run("full", t=[1, 1, 0.5, 0.5]),
+        run("a", t=[0.75, 0.75, 0.5, 0.5]),
+        run("none", t=[0.25, 0.25, 0.25, 0.25]),
+    ]
+    drawn = bootstrap(pair(runs), 0, 200, zero=2)
+    assert drawn.retention.point.tolist() == pytest.approx([1, (0.625 - 0.25) / 0.5, 0])
+    chance = bootstrap(pair(runs[:2]), 0, 200, chance={"t": 0.25})
+    assert chance.retention.point[1] == pytest.approx(drawn.retention.point[1])
+    np.testing.assert_allclose(chance.retention.draws[:, 1], drawn.retention.draws[:, 1])
+    assert bootstrap(pair(runs[:2]), 0, 50, chance={"t": 0.75}).retention is None  # the full cache only guesses
+
+
+def test_only_ranked_tasks_enter_the_means():
+    paired = pair([run("full", t=[1, 1], u=[0, 0]), run("a", t=[1, 0], u=[1, 1])])
+    drawn = bootstrap(paired, 0, 50, ranked=["t"])
+    assert drawn.macro.point.tolist() == [1, 0.5] and drawn.ranked == ("t",) and set(drawn.tasks) == {"t", "u"}
+
+
+# -- data seeds ------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_strata_and_their_spread_is_reported():
+    seeds = ["0", "0", "1", "1", "2", "2"]
+    paired = pair([run("a", seeds=seeds, t=[0, 0, 0.5, 0.5, 1, 1]), run("b", seeds=seeds, t=[0.5] * 6)])
+    drawn = bootstrap(paired, resamples=100)
+    np.testing.assert_allclose(drawn.macro.draws, 0.5)  # all variation is between seeds, none within
+    means = seed_means(paired)
+    assert {s: m.tolist() for s, m in means.items()} == {"0": [0, 0.5], "1": [0.5, 0.5], "2": [1, 0.5]}
+    assert seed_spread(paired).tolist() == pytest.approx([0.5, 0])
+    assert seed_spread(pair([run("a", t=[1, 0])])) is None
+    # One sample per seed has no spread within: the seeds are then one pool
+    lone = pair([run("a", seeds=["0", "1", "2"], t=[0, 0.5, 1])])
+    assert len(set(bootstrap(lone, resamples=100).macro.draws[:, 0])) > 1
+
+
+def test_halves_split_clusters_and_cover_everything():
+    clusters = [str(i // 3) for i in range(30)]
+    paired = pair([run("a", clusters=clusters, t=range(30), u=range(30))])
+    halves = [paired.select(half=h) for h in (0, 1)]
+    for t in range(2):
+        values = [set(h.scores[t][0]) for h in halves]
+        assert values[0] | values[1] == set(range(30)) and not values[0] & values[1]
+        assert all({v // 3 * 3 + k for k in range(3)} <= values[0] for v in values[0])
+    part = paired.select(policies=[0], tasks=["u"])
+    assert part.tasks == ("u",) and part.scores[0].shape == (1, 30)
+
+
+# -- areas -----------------------------------------------------------------------------------------------------------
+
+
+def test_hypervolume_on_a_hand_made_frontier():
+    rho = [0.5, 0.25, 0.25, 0.0625, 1.0]
+    # u = 1, 2, 2, 4, 0; best of those with at least u: (0, 1]: 0.9, (1, 2]: 0.8, (2, 4]: 0.5, beyond: 0
+    retention = exactly([0.9, 0.8, 0.3, 0.5, 1.0])
+    area = hypervolume(rho, retention, range(5), u_max=5)
+    assert area.estimate == pytest.approx((0.9 + 0.8 + 2 * 0.5) / 5) and area.low == pytest.approx(area.high)
+    assert hypervolume(rho, retention, [3], u_max=5).estimate == pytest.approx(4 * 0.5 / 5)
+    assert hypervolume(rho, retention, [3], u_max=2).estimate == pytest.approx(0.5)  # u_max cuts
+    assert hypervolume([0.5], exactly([-0.2]), [0]).estimate == 0  # negative retention counts as 0
+    assert hypervolume([math.nan, 2.0], exactly([1, 1]), [0, 1]).estimate == 0  # more bytes than the full cache
+    better = hypervolume(rho, exactly([0.9, 0.8, 0.95, 0.5, 1.0]), range(5), u_max=5)
+    assert better.estimate == pytest.approx((2 * 0.95 + 2 * 0.5) / 5)
+
+
+def test_curve_area_by_hand():
+    retention = exactly([1.0, 0.8, 0.4])
+    area = curve_area([0.5, 0.25, 0.0625], retention, [0, 1, 2], u_max=5)
+    # u: 0, 1, 2, 4 with 1, 1, 0.8, 0.4, up to its own end at u = 4
+    assert area.value.estimate == pytest.approx((1 + 0.9 + 2 * 0.6) / 4) and area.reach == 4 and not area.complete(5)
+    cut = curve_area([0.5, 0.25, 0.0625], retention, [2, 0, 1], u_max=3)
+    assert cut.value.estimate == pytest.approx((1 + 0.9 + (0.8 + 0.6) / 2) / 3) and cut.complete(3)
+    assert curve_area([1.0, 2.0], exactly([1, 1]), [0, 1]) is None
+    assert curve_area([0.5], exactly([0.6]), [0], u_max=1).value.estimate == pytest.approx(0.8)
+
+
+def test_compression_at_a_tolerance_needs_the_lower_end_too():
+    rng = np.random.default_rng(0)
+    point = np.array([1.0, 0.995, 0.97, 0.5])
+    noise = np.array([0.0, 0.001, 0.05, 0.0])
+    retention = Sampled(point, point + noise * rng.normal(size=(4000, 4)))
+    rho = [0.5, 0.25, 0.125, 0.0625]
+    one, five = (compression_at(rho, retention, range(4), t) for t in (0.01, 0.05))
+    assert (one.shown, one.interval.estimate) == (4, 4)
+    assert (five.shown, five.interval.estimate) == (4, 8) and (five.interval.low, five.interval.high) == (4, 8)
+    assert compression_at(rho, retention, [3], 0.05).shown == 1  # nothing holds: no compression
+
+
+def test_confident_dominance_needs_bytes_and_score():
+    rng = np.random.default_rng(1)
+    point = np.array([0.9, 0.5, 0.89, 0.95])
+    scores = Sampled(point, point + 0.02 * rng.normal(size=(2000, 4)))
+    assert dominators(np.array([0.25, 0.5, 0.5, 1.0]), scores) == [None, 0, None, None]
+
+
+# -- stacking --------------------------------------------------------------------------------------------------------
+
+
+def test_the_gain_is_reported_on_the_other_half():
+    """With pure noise the best of many looks good on the half that chose it, and not on the other."""
+    rng, gains, chosen = np.random.default_rng(4), [], []
+    for _ in range(60):
+        noise = {f"x{k}": rng.normal(0.5, 0.2, 40) for k in range(8)}
+        paired = pair([run("pure", t=rng.normal(0.5, 0.2, 40)), *(run(k, t=v) for k, v in noise.items())])
+        gain = stacking_gain(paired, [0.25] * 9, {"p": [0]}, {str(k): [k] for k in range(1, 9)}, 4, resamples=50)
+        gains.append(gain.value.interval.estimate)
+        half = paired.select(half=0)
+        chosen.append(half.scores[0][gain.stack].mean() - half.scores[0][0].mean())
+    assert abs(np.mean(gains)) < 0.03 < np.mean(chosen)
+
+
+def test_gains_take_the_nearest_measured_point_and_nothing_larger():
+    scores = {"e50": 0.9, "e20": 0.8, "e10": 0.95, "q": 0.99, "x25": 0.85, "x30": 1.0}
+    paired = pair([run(k, t=[v - 0.01, v + 0.01] * 10) for k, v in scores.items()])
+    rho = [0.5, 0.2, 0.1, 0.26, 0.25, 0.3]
+    gain = stacking_gain(paired, rho, {"e": [0, 1, 2], "q": [3]}, {"x": [4, 5]}, 4, resamples=50)
+    assert (gain.pure, gain.stack) == (1, 4)  # of e the point at 20 %; q and x30 are too large
+    assert gain.value.interval.estimate == pytest.approx(0.05)
+    assert stacking_gain(paired, rho, {"e": [0]}, {"x": [4]}, 4, resamples=50) is None
+    lone = pair([run(k, t=[v]) for k, v in scores.items()])
+    assert stacking_gain(lone, rho, {"e": [1]}, {"x": [4]}, 4, resamples=50) is None  # one sample has no halves
+
+
+GRID = [(1.0, 16.0), *((r, 16.0) for r in (0.5, 0.25)), *((1.0, b) for b in (8.0, 4.0))]
+GRID += [(r, b) for r in (0.5, 0.25) for b in (8.0, 4.0)]
+
+
+@pytest.mark.parametrize("g", [0.0, 0.02, -0.01])
+def test_the_interaction_rate_is_recovered(g):
+    def damage(r, b):
+        x, y = -math.log2(r), math.log2(16 / b)
+        return 0.05 * x + 0.01 * x * x + 0.01 * y + 0.02 * y * y + g * x * y
+
+    scores = exactly([0.9 - damage(r, b) for r, b in GRID])
+    rate = interaction_rate(scores, [r for r, _ in GRID], [b for _, b in GRID], 0, range(1, len(GRID)))
+    np.testing.assert_allclose(rate.coefficients, [0.05, 0.01, 0.01, 0.02, g], atol=1e-9)
+    assert rate.g.estimate == pytest.approx(g, abs=1e-9)
+    # On the slice x + y = 2: minimise over y by brute force
+    y = np.linspace(0, 2, 2001)
+    total = 0.05 * (2 - y) + 0.01 * (2 - y) ** 2 + 0.01 * y + 0.02 * y**2 + g * (2 - y) * y
+    assert rate.split[2.0].estimate == pytest.approx(y[total.argmin()] / 2, abs=0.011)
+    assert set(rate.split) == {1.0, 2.0, 3.0, 4.0}
+
+
+def test_the_interaction_rate_needs_a_grid():
+    line = [(1.0, 16.0), (0.5, 4.0), (0.25, 8.0), (0.125, 16.0), (1.0, 2.0)]
+    with pytest.raises(ValueError, match="not identified"):
+        interaction_rate(exactly([1] * 5), [r for r, _ in line], [b for _, b in line], 0, range(1, 5))
+
+
+def test_the_order_effect_is_a_paired_difference():
+    first, second = run("evict first", t=[1, 1, 1, 0] * 20), run("quantize first", t=[1, 0, 1, 0] * 20)
+    effect = order_effect(first, second, resamples=500)
+    assert effect.interval.estimate == pytest.approx(0.25) and effect.resolved

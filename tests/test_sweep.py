@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from kvbench.cli import main
 from kvbench.results import read_cells
 from kvbench.sweep import make_evictor
+from kvbench.tasks import Recall
 
 SMALL = ["task.length=320", "task.needles=2", "task.count=2", "batch_size=2"]
 
@@ -78,6 +79,33 @@ def test_sweep_at_equal_bytes_resumes_and_reports_what_cannot_be_met(kvbench, tm
     }
 
 
+def test_prompts_are_built_once(kvbench, tmp_path, monkeypatch):
+    built, samples = [], Recall.samples
+    monkeypatch.setattr(Recall, "samples", lambda self, tokenizer: built.append(self) or samples(self, tokenizer))
+    monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path / "kept"))
+    sweep = ["-m", "evict=keydiff", "quant=none,fp8", "budget=64", *SMALL]
+    for folder, more, times in (
+        ("one", [], 1),
+        ("two", [], 1),
+        ("three", ["prompt_cache=false"], 2),
+        ("four", ["record=recompute", "batch_tokens=400"], 2),
+    ):
+        code, output = kvbench(*sweep, *more, f"out={folder}")
+        assert code == 0, output
+        assert len(built) == times, "once for all stacks and the noise floor"
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    rows = [
+        {
+            (c.cell_id, s.sample_id): (s.prompt_sha256, s.prediction, s.kv_bytes_final, s.needle_kept)
+            for c in read_cells(tmp_path / folder)[0]
+            for s in c.samples
+        }
+        for folder in ("one", "two", "three", "four")
+    ]
+    assert rows[0] == rows[1] == rows[2] == rows[3]
+    assert all(needle for *_, needle in rows[0].values())
+
+
 def test_wandb_gets_a_row_per_cell_when_asked(kvbench, monkeypatch):
     logged, started = [], {}
 
@@ -130,6 +158,8 @@ def test_single_run(kvbench, tmp_path):
         (["task.length=5000"], "context of 1024"),
         (["model.dtype=int8"], "is not one of float32"),
         (["batch_size=0"], "at least 1"),
+        (["batch_tokens=0"], "batch_tokens=0 must be at least 1"),
+        (["record=disk"], "record=disk is not one of device, cpu, recompute"),
         (["model.path=/no/such/folder"], "cannot load model.path=/no/such/folder"),
         (["wandb.mode=loud"], "is not one of disabled, online, offline"),
         (["out=/proc/nowhere"], "/proc/nowhere"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvbench.tasks import Niah, Ppl, Recall, Sample
-from kvbench.tasks.sample import bos, check, encode, exact_value, largest, place
+from kvbench.tasks.sample import bos, check, encode, exact_value, largest, place, values_found
 
 pytest.importorskip("wonderwords", reason="the word list comes with kvbench[bench]")
 
@@ -128,6 +128,9 @@ def test_ppl_splits_one_document(tokenizer):
         (lambda: Niah(depths=(101,)), "depths=101: must be a number, 0 to 100"),
         (lambda: Niah(lengths=()), "lengths is empty: give at least one"),
         (lambda: Niah(repeats=0), "repeats=0: must be a number, 1 to 10000"),
+        (lambda: Niah(needles=0), "needles=0: must be a number, 1 to 100"),
+        (lambda: Niah(value="name"), "value='name' is not one of code, passkey, number, word, uuid"),
+        (lambda: Niah(haystack="hay"), "haystack='hay' is not one of generated, essays"),
         (lambda: Ppl(prefix=1), "prefix=1: must be a number, at least 2"),
         (lambda: Ppl(score_tokens=0), "score_tokens=0: must be a number, at least 1"),
     ],
@@ -159,12 +162,73 @@ def test_check_takes_the_bounds_themselves():
 )
 def test_only_the_whole_value_at_the_start_counts(prediction, score):
     assert exact_value(prediction, ("47 82 19",)) == score
+    assert values_found(prediction, ("47 82 19",)) == float(score or prediction == " code 47 82 19")
     sample = Sample("id", "recall", "", "", "", ("47 82 19",), 5)
     assert Recall().score(sample, prediction) == Niah().score(sample, prediction) == score
 
 
+def test_several_needles_stand_in_even_steps_behind_the_first(tokenizer):
+    task = Niah(lengths=(800,), depths=(40,), repeats=2, needles=3)
+    for sample in task.samples(tokenizer):
+        assert len(set(sample.references)) == 3 and tokens_of_answers(tokenizer, sample) <= 800
+        begins = [sample.context[:begin].count(" .") for begin, _ in sample.meta["needle_spans"]]
+        total = sample.context.count(" .") - 3
+        assert [b - i for i, b in enumerate(begins)] == [round(share * total) for share in (0.4, 0.6, 0.8)]
+        for (begin, end), value in zip(sample.meta["needle_spans"], sample.references, strict=True):
+            assert sample.context[begin:end] == f"note : code for {sample.meta['key']} {value} ."
+        first, second, third = sample.references
+        assert task.score(sample, f" {third} . {first}") == pytest.approx(2 / 3)
+        assert task.score(sample, second + "0") == 0
+
+
+def tokens_of_answers(tokenizer, sample):
+    return sum(map(len, sample.segments(tokenizer))) + sum(len(encode(tokenizer, " " + r)) for r in sample.references)
+
+
+@pytest.mark.parametrize(
+    ("value", "form"),
+    [
+        ("passkey", r"\d{5}"),
+        ("number", r"\d{7}"),
+        ("word", r"[a-z]+ [a-z]+"),
+        ("uuid", r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"),
+    ],
+)
+def test_needles_in_text_files(tokenizer, tmp_path, value, form):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(" ".join(f"This is sentence {i} of {name}.\n" for i in range(30)))
+    task = Niah(lengths=(600,), depths=(0, 30, 100), repeats=2, value=value, haystack="essays", path=str(tmp_path))
+    samples = task.samples(tokenizer)
+    for sample in samples:
+        (answer,) = sample.references
+        assert re.fullmatch(form, answer)
+        assert tokens_of_answers(tokenizer, sample) <= 600
+        begin, end = sample.meta["needle_span"]
+        assert sample.context[begin:end] == f"The code for {sample.meta['key']} is {answer}."
+        rest = sample.context[:begin] + sample.context[end:].removeprefix(" ")
+        assert re.fullmatch(r"(This is sentence \d+ of [ab]\. ?)+", rest), "whole sentences around the needle"
+        assert task.score(sample, f" {answer.upper()}.") == 1 and task.score(sample, answer[:-1]) == 0
+    assert len({s.context[:40] for s in samples}) > 3, "each prompt begins elsewhere"
+    assert task.samples(tokenizer) == samples
+
+
+def test_needles_in_books(tokenizer):
+    books = Path(__file__).resolve().parents[2] / "shared" / "data" / "books"
+    if not books.is_dir():
+        pytest.skip("no texts: ../shared/data/books")
+    task = Niah(lengths=(2000,), depths=(50,), repeats=1, value="number", haystack="essays", path=str(books))
+    (sample,) = task.samples(tokenizer)
+    assert 1900 < sample.meta["tokens"] <= 2000 and sample.meta["measured_depth"] == pytest.approx(50, abs=6)
+
+
 def test_largest_finds_the_edge_with_few_questions():
     asked = []
+    assert largest(1000, lambda n: asked.append(n) or n <= 613, guess=612) == 613
+    assert len(asked) <= 6
+    for guess in (-3, 0, 300, 613, 617, 900, 2000):
+        assert largest(1000, lambda n: n <= 613, guess) == 613
+        assert largest(5, lambda n: False, guess) == -1 and largest(5, lambda n: True, guess) == 5
+    asked.clear()
     assert largest(1000, lambda n: asked.append(n) or n <= 613) == 613
     assert len(asked) <= 11
     assert largest(5, lambda n: False) == -1

@@ -2,50 +2,141 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 from kvbench import stats
-from kvbench.leaderboard.data import Section
+from kvbench.leaderboard.data import NO_SIGNAL, Options, Section, TaskInfo
+from kvbench.leaderboard.material import Material
+from kvbench.leaderboard.words import number, percent
 
 FEW_SAMPLES = 20  # below, a percentile interval covers far less than it says
+CORRECTED = {
+    "holm": "after Holm's correction for the number of stacks",
+    "bh": "after Benjamini and Hochberg's correction, which bounds the share of false claims (exploration)",
+    "none": "without a correction for the number of stacks",
+}
 
 
-def notes(full: int | None, paired: stats.Paired, drawn: stats.Bootstrap) -> list[str]:
+def notes(section: Section, paired: stats.Paired) -> list[str]:
     """Warnings that stand above the table."""
     found = []
-    if full is None:
+    full = any(s.is_full for s in section.stacks)
+    if not full:
         found.append(
             "No full-cache cells (evict=full, quant=none): ranked on raw scores, without retention or difference."
         )
-    elif drawn.retention is None:
+    elif not section.retention:
         found.append("The full cache scores 0 or did not run on every task: ranked on raw scores.")
-    elif left := [t for t in paired.tasks if t not in drawn.retention_tasks]:
+    if weak := [t for t in section.tasks if not t.signal]:
+        named = ", ".join(f"{t.label} ({percent(t.full.estimate if t.full else None)} %)" for t in weak)
+        found.append(
+            f"No signal, so not ranked: {named}. The lower 95 % end of the full cache's score is not more than "
+            f"{100 * NO_SIGNAL:g} points above chance."
+        )
+    if section.retention and (left := [t.label for t in section.tasks if t.signal and not t.kept]):
         found.append(f"Not in the headline, as the full cache scores 0 or did not run there: {', '.join(left)}.")
     if few := [t for t, scores in zip(paired.tasks, paired.scores, strict=True) if scores.shape[1] < FEW_SAMPLES]:
         found.append(f"Fewer than {FEW_SAMPLES} samples in {', '.join(few)}: intervals are too narrow to rely on.")
+    variants = sorted({str(t.fields["variant"]) for t in section.tasks if t.label.startswith("ruler")} - {""})
+    if len(variants) > 1:
+        found.append(
+            f"Variants of RULER are not comparable, and this table has {len(variants)}: {', '.join(variants)}."
+        )
     return found
 
 
-def caption(section: Section, resamples: int) -> list[str]:
+def caption(section: Section, material: Material, options: Options) -> list[str]:
     """How the numbers came about and how small a difference they can show."""
-    counts = ", ".join(f"{t.label} {t.n}" for t in section.tasks)
+    ranked = [t for t in section.tasks if t.signal]
     how = (
         "share of the full 16-bit cache's score that is kept, mean over tasks"
         if section.retention
         else "mean over tasks of the task's mean score"
     )
+    if section.retention and options.zero:
+        how += f"; what {options.zero} scores counts as 0"
     lines = [
-        f"Headline: {how}; 95 % intervals from {resamples:,} paired resamples shared by all stacks, not corrected for "
-        "the number of comparisons.",
-        f"Samples per task: {counts}. Bytes are measured (codes, scales, windows, indices), as a share of the 16-bit "
-        "full cache of the same samples, at the end of prefill unless marked final.",
+        _setup_line(section),
+        f"Tasks and samples: {', '.join(f'{t.label} {t.n}' for t in ranked)}. {_seeds(ranked)} {_truncation(ranked)}",
+        f"Headline: {how}; 95 % intervals from {options.resamples:,} paired resamples shared by all stacks (BCa "
+        "if they are skewed). Differences to the full cache have score intervals and sign tests where few samples "
+        "change.",
+        "Bytes are measured (codes, scales, windows, indices), as a share of the 16-bit full cache of the same "
+        "samples, at the end of prefill unless marked final. Budgets are what a stack was given: a share of those "
+        "bytes, of the tokens, or a number of tokens.",
     ]
+    if any(s.difference for s in section.stacks):
+        lines.append(
+            f"lossless: the upper 90 % end of the loss against the full cache is below {100 * options.margin:g} "
+            f"point{'' if options.margin == 0.01 else 's'}. ≈ full: the data do not tell it from the full cache "
+            f"{CORRECTED[options.correction]}."
+        )
+        lines += _resolution(section, options)
     if found := [s.detectable for s in section.stacks if s.detectable > 0]:
         lines.append(
             f"Detectable difference to the full cache (80 % power): typically {100 * statistics.median(found):.1f} "
             f"points, at worst {100 * max(found):.1f}. Smaller true differences are likely to be missed."
         )
-    return [*lines, _floor_line(section.floor)]
+    same = [s.difference.exact for s in section.stacks if s.difference and s.difference.exact]
+    if bounds := [e.bound for e in same if e.bound is not None]:
+        lines.append(
+            f"{len(bounds)} stack{'' if len(bounds) == 1 else 's'} changed no sample: the rate of changes is below "
+            f"{percent(max(bounds))} % (95 % bound)."
+        )
+    if spreads := [s.seed_sd for s in section.stacks if not math.isnan(s.seed_sd)]:
+        lines.append(
+            f"Between data seeds the score has a standard deviation of typically {percent(statistics.median(spreads))} "
+            f"points, at worst {percent(max(spreads))}."
+        )
+    lines.append(_floor_line(section.floor))
+    return [*lines, _failures(material)]
+
+
+def _setup_line(section: Section) -> str:
+    model = section.model
+    extra = [f"{k} {model[k]}" for k in ("revision", "dtype", "path") if model.get(k)]
+    tokenizer = model.get("tokenizer") or "the model's"
+    chats = sorted({t.chat for t in section.tasks})
+    return (
+        f"Model: {model['name']}{' (' + ', '.join(extra) + ')' if extra else ''}; tokenizer: {tokenizer}; "
+        f"{section.mode}; chat template: {', '.join(chats)}."
+    )
+
+
+def _seeds(tasks: list[TaskInfo]) -> str:
+    seeds = sorted({s for t in tasks for s in t.seeds})
+    return f"Data seed{'' if len(seeds) == 1 else 's'}: {', '.join(map(str, seeds))}."
+
+
+def _truncation(tasks: list[TaskInfo]) -> str:
+    known = [(t.label, t.truncated) for t in tasks if t.truncated is not None]
+    cut = [f"{label} {percent(share)} %" for label, share in known if share]
+    if cut:
+        return f"Prompts truncated: {', '.join(cut)}."
+    return "No prompt was truncated." if len(known) == len(tasks) else "Truncation is not recorded for every task."
+
+
+def _resolution(section: Section, options: Options) -> list[str]:
+    """Whether the resamples can resolve anything after the correction."""
+    count = sum(s.difference is not None for s in section.stacks)
+    least = 2 * count / (options.resamples + 1)
+    if options.correction != "holm" or least <= 0.05:
+        return []
+    return [
+        f"With {count} stacks and {options.resamples:,} resamples the smallest adjusted p is {number(least, 2)}: raise "
+        "--resamples to resolve differences."
+    ]
+
+
+def _failures(material: Material) -> str:
+    count = len(material.left_out)
+    if not count:
+        return "Failures: none."
+    return (
+        f"Failures: {count} cell{'' if count == 1 else 's'} failed, infeasible or not comparable, listed under Left "
+        "out; such a stack is not ranked, instead of scoring 0."
+    )
 
 
 def _floor_line(floor: stats.Floor | None) -> str:

@@ -15,12 +15,45 @@ from kvbench.leaderboard.words import plain
 PALETTE = (
     "#2f6fde #d9730d #14946a #cf3f7c #7c53d3 #0e93a8 #9c6428 #6f8a12 #c43c32 #4a5bb5 #b0488f #5b7f95".split()
 )  # evictors in alphabetical order; the page has its own shades of them for dark mode
-MARKERS = "osD^vPXph<>*"  # quantizers in alphabetical order, after "none"
+MARKERS = "osD^vPXph<>*"  # quantizers in alphabetical order, after "none"; then once more, hollow
+GLYPHS = 2 * len(MARKERS)
+COLOURS = 1 + len(PALETTE)  # the first, for no eviction, is ink
 SPREAD_PX = 34  # how far stacks of equal bytes are spread sideways, by evictor
 LABEL_PLACES = (
     (-9, -9, "end"), (0, -14, "middle"), (9, -9, "start"), (-11, 4, "end"), (11, 4, "start"), (9, 18, "start"),
     (0, 22, "middle"), (-9, 18, "end"), (0, -30, "middle"),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How a stack is drawn: the colour is its evictor's, the shape its quantizer's."""
+
+    colour: int  # index into PALETTE, -1 for ink
+    marker: int  # index into MARKERS
+    hollow: bool
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Marks of all stacks of a section, no two alike as long as there are enough: 13 colours by 24 shapes.
+
+    Evictors beyond the colours take the next shapes, quantizers beyond the shapes the next colours.
+    """
+
+    evictors: tuple[str, ...]
+    quantizers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, section: Section) -> Marks:
+        evictors, quantizers = {s.evict for s in section.stacks}, {s.quant for s in section.stacks}
+        return cls((FULL, *sorted(evictors - {FULL})), (NONE, *sorted(quantizers - {NONE})))
+
+    def __call__(self, evict: str, quant: str) -> Mark:
+        lap, glyph = divmod(self.quantizers.index(quant), GLYPHS)
+        lap, colour = divmod(self.evictors.index(evict) + lap * len(self.evictors), COLOURS)
+        glyph = (glyph + lap * min(GLYPHS, len(self.quantizers))) % GLYPHS
+        return Mark(colour - 1, glyph % len(MARKERS), glyph >= len(MARKERS))
 
 
 @dataclass
@@ -32,8 +65,7 @@ class Point:
     y: float
     low: float
     high: float
-    colour: int  # index into PALETTE, -1 for no eviction
-    marker: int
+    mark: Mark
     label: tuple[float, float, str] | None = None  # offset and anchor, for points on the front
 
     @property
@@ -53,8 +85,8 @@ class Chart:
     y_ticks: list[tuple[float, str]]
     front: list[tuple[float, float]]
     full_y: float | None
-    evictors: list[tuple[str, int]]
-    quantizers: list[tuple[str, int]]
+    evictors: list[tuple[str, Mark]]
+    quantizers: list[tuple[str, Mark]]
 
 
 @dataclass(frozen=True)
@@ -90,9 +122,10 @@ def chart(section: Section, width: int = 880, height: int = 400) -> Chart | None
     if not stacks:
         return None
     scale = _scale(stacks, section.retention, width, height)
+    marks = Marks.of(section)
     evictors = sorted({s.evict for s in stacks} - {FULL})
     quantizers = sorted({s.quant for s in stacks} - {NONE})
-    points = _points(stacks, scale, evictors, quantizers)
+    points = _points(stacks, scale, evictors, marks)
     rho, scores = np.array([s.rho for s in stacks]), np.array([s.headline.estimate for s in stacks])
     on_front = [p for p, on in zip(points, stats.pareto_front(rho, scores), strict=True) if on]
     _place_labels(points, [p for p in on_front if not p.stack.is_full], scale)  # the full cache's line has a name
@@ -104,17 +137,9 @@ def chart(section: Section, width: int = 880, height: int = 400) -> Chart | None
         y_ticks=scale.y_ticks(),
         front=sorted(((p.x, p.y) for p in on_front), reverse=True),
         full_y=scale.y(1.0) if section.retention else None,
-        evictors=[(e, _colour(i)) for i, e in enumerate(evictors)],
-        quantizers=[(q, _marker(i)) for i, q in enumerate(quantizers)],
+        evictors=[(e, marks(e, NONE)) for e in evictors],
+        quantizers=[(q, marks(FULL, q)) for q in quantizers],
     )
-
-
-def _colour(evictor: int) -> int:
-    return evictor % len(PALETTE)
-
-
-def _marker(quantizer: int) -> int:
-    return quantizer % (len(MARKERS) - 1) + 1
 
 
 def _scale(stacks: Sequence[Stack], retention: bool, width: int, height: int) -> _Scale:
@@ -138,17 +163,16 @@ def _step(extent: float) -> float:
     return next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
 
 
-def _points(stacks: Sequence[Stack], scale: _Scale, evictors: Sequence[str], quantizers: Sequence[str]) -> list[Point]:
+def _points(stacks: Sequence[Stack], scale: _Scale, evictors: Sequence[str], marks: Marks) -> list[Point]:
     points, columns = [], [scale.x(math.log2(s.rho)) for s in stacks]
     for stack, x in zip(stacks, columns, strict=True):
         h = stack.headline
         low, high = (h.estimate, h.estimate) if math.isnan(h.low) else (h.low, h.high)
-        colour = _colour(evictors.index(stack.evict)) if stack.evict != FULL else -1
-        marker = _marker(quantizers.index(stack.quant)) if stack.quant != NONE else 0
+        mark = marks(stack.evict, stack.quant)
         aside = 0.0  # equal bytes are the rule in a byte budget: without a shift the evictors cover each other
         if stack.evict != FULL and sum(abs(other - x) < 6 for other in columns) > 1:
             aside = SPREAD_PX * (evictors.index(stack.evict) / max(1, len(evictors) - 1) - 0.5)
-        points.append(Point(stack, x + aside, scale.y(h.estimate), scale.y(low), scale.y(high), colour, marker))
+        points.append(Point(stack, x + aside, scale.y(h.estimate), scale.y(low), scale.y(high), mark))
     return points
 
 

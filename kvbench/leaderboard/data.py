@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,18 @@ from kvbench.stats import Interval
 
 FULL, NONE = "full", "none"
 SOLID, FAINT = 0.9, 0.5  # frontier probability at which a point is drawn on the front
+NO_SIGNAL = 0.05  # a task counts only if the full cache is surely so far above chance
+CHANCE = {"longbench_v2": 0.25}  # score of guessing, by the beginning of a task's name; 0 elsewhere
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a leaderboard is computed."""
+
+    resamples: int = stats.RESAMPLES
+    margin: float = stats.MARGIN  # a loss below it counts as none
+    correction: str = "holm"  # over the differences of a table: holm, bh (exploration) or none
+    zero: str | None = None  # the stack that scores 0 in retention: no context, or a minimal cache
 
 
 @dataclass(frozen=True, order=True)
@@ -59,8 +72,9 @@ class Stack:
     index: int  # position among the section's policies
     tasks: dict[str, TaskScore] = field(default_factory=dict)
     headline: Interval = Interval(math.nan, math.nan, math.nan)
-    delta: Interval | None = None
-    detectable: float = math.nan
+    difference: stats.Difference | None = None  # to the full cache
+    p_adjusted: float = math.nan  # of that difference, corrected over the table
+    lossless: bool = False  # the loss against the full cache is surely below the margin
     rho: float = math.nan  # measured bytes / bytes of the full cache, end of prefill
     rho_final: float = math.nan
     rho_read: float = math.nan  # bytes the last step read / bytes of the full cache then; less than held for selectors
@@ -68,7 +82,23 @@ class Stack:
     frontier: float = math.nan
     rank: int | None = None
     like_best: bool = False
+    dominated_by: Stack | None = None  # surely: it has at most the bytes and a higher score
+    seed_sd: float = math.nan  # of the score between data seeds
+    measures: dict[str, Interval] = field(default_factory=dict)  # what else its tasks measure; see `measures`
     missing: tuple[str, ...] = ()
+
+    @property
+    def delta(self) -> Interval | None:
+        return self.difference.interval if self.difference else None
+
+    @property
+    def detectable(self) -> float:
+        return self.difference.detectable if self.difference else math.nan
+
+    @property
+    def differs(self) -> bool:
+        """Whether the difference to the full cache stands after correction for the number of comparisons."""
+        return self.difference is not None and self.difference.resolved and self.p_adjusted < 0.05
 
     @property
     def is_full(self) -> bool:
@@ -94,6 +124,12 @@ class TaskInfo:
     seeds: tuple[int, ...]
     truncated: float | None  # share of samples with truncated prompts, where recorded
     full: Interval | None
+    signal: bool = True  # whether the full cache is surely above chance; if not, the task does not count
+    kept: bool = True  # whether it is in the headline: the full cache ran there and scores above the floor
+
+    @property
+    def chat(self) -> str:
+        return str(self.fields.get("chat", "never"))
 
 
 @dataclass(frozen=True)
@@ -102,12 +138,36 @@ class Contrast:
 
     stack: Stack
     value: stats.Interaction
+    p_adjusted: float
+
+    @property
+    def claimed(self) -> bool:
+        return self.value.nonadditive and self.p_adjusted < 0.05
 
     @property
     def verdict(self) -> str:
-        if not self.value.nonadditive:
+        if not self.claimed:
             return "no departure from additive"
         return "stacking hurts more than the sum" if self.value.score.estimate > 0 else "damages overlap"
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of a `Table`; `stack` gives it the mark of the chart."""
+
+    name: str
+    cells: tuple[str, ...]
+    stack: Stack | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A further table of a section, the same on the page, in Markdown and in the terminal."""
+
+    title: str
+    text: str  # how to read it
+    head: tuple[str, ...]  # of the names, then of the cells
+    rows: tuple[TableRow, ...]
 
 
 @dataclass
@@ -125,6 +185,7 @@ class Section:
     caption: list[str]
     floor: stats.Floor | None
     contrasts: list[Contrast]
+    tables: list[Table] = field(default_factory=list)
 
     @property
     def mode(self) -> str:
@@ -142,6 +203,21 @@ class Section:
     @property
     def headline(self) -> str:
         return "retention" if self.retention else "raw score"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What is read from a section's one set of resamples."""
+
+    paired: stats.Paired
+    drawn: stats.Bootstrap
+    perplexity: Mapping[str, Mapping[int, Interval]]
+    full: int | None  # the policy that all others are compared to
+    notes: list[str]
+
+    @property
+    def headline(self) -> stats.Sampled:
+        return self.drawn.retention or self.drawn.macro
 
 
 @dataclass(frozen=True)
@@ -163,5 +239,5 @@ class Leaderboard:
     left_out: list[LeftOut]
     problems: list[Problem]
     cells: int
-    resamples: int
+    options: Options
     files: list[Path] = field(default_factory=list)

@@ -21,40 +21,60 @@ class Material:
 
     title: str
     cells: list[Cell]
-    labels: dict[str, str]  # canonical task -> column name
+    labels: dict[str, str]  # task key -> column name
     left_out: list[LeftOut]
     stacks: list[Stack] = field(default_factory=list)
     scores: list[stats.Run] = field(default_factory=list)
-    nlls: list[stats.Run] = field(default_factory=list)
+    nlls: dict[int, stats.Run] = field(default_factory=dict)  # of the stacks that ran on a task of kind nll
 
     def __post_init__(self) -> None:
-        self.reseeded = _reseeded(self.cells)
+        self.reseeded, self.seeded = _reseeded(self.cells), _seeded(self.cells)
 
     @property
     def full(self) -> int | None:
         return next((s.index for s in self.stacks if s.is_full), None)
 
     def label(self, cell: Cell) -> str:
-        return self.labels[canonical(cell.config.task)]
+        return self.labels[task_key(cell)]
 
-    def run(self, name: str, cells: Sequence[Cell], value: Callable[[Sample], float | None]) -> stats.Run:
-        """The rows of one stack. Runs with other policy seeds on the same prompts are averaged per sample."""
+    def run(
+        self,
+        name: str,
+        cells: Sequence[Cell],
+        value: Callable[[Sample], float | None],
+        column: Callable[[Cell, Sample], str] | None = None,
+    ) -> stats.Run:
+        """The rows of one stack. Runs with other policy seeds on the same prompts are averaged per sample.
+
+        column: what counts as the task of a sample; the column of the leaderboard unless given
+        """
         tasks: dict[str, dict[str, list[stats.Row]]] = defaultdict(lambda: defaultdict(list))
         for cell in cells:
-            task = canonical(cell.config.task)
-            rows = tasks[self.labels[task]]
+            task, seed = task_key(cell), str(data_seed(cell))
             for s in cell.samples:
                 if (number := value(s)) is not None:
-                    sample = f"{s.sample_id} (seed {cell.config.seed})" if task in self.reseeded else s.sample_id
+                    sample = f"{s.sample_id} (seed {seed})" if task in self.reseeded else s.sample_id
                     cluster = str(s.meta["cluster"]) if "cluster" in s.meta else None
-                    rows[sample].append(stats.Row(number, s.prompt_sha256, cluster))
+                    row = stats.Row(number, s.prompt_sha256, cluster, seed if task in self.seeded else "")
+                    tasks[column(cell, s) if column else self.labels[task]][sample].append(row)
         mean = {
             task: {k: r[0]._replace(score=statistics.fmean(x.score for x in r)) for k, r in rows.items()}
             for task, rows in tasks.items()
-            if rows
         }
-        ordered = {label: mean[label] for label in self.labels.values() if label in mean}
-        return stats.Run(name, cells[0].config.query_aware, ordered)
+        order = dict.fromkeys([*(label for label in self.labels.values() if label in mean), *sorted(mean, key=natural)])
+        return stats.Run(name, cells[0].config.query_aware, {label: mean[label] for label in order})
+
+
+def task_key(cell: Cell) -> str:
+    """The same for all cells of a column: data seeds are more samples of one task."""
+    fields = cell.config.task.model_dump(mode="json", exclude_unset=True)
+    return canonical({k: v for k, v in fields.items() if k != "seed"})
+
+
+def data_seed(cell: Cell) -> int:
+    """The seed behind the prompts: the task's own, or else that of the whole run."""
+    own = (cell.config.task.model_extra or {}).get("seed")
+    return own if isinstance(own, int) else cell.config.seed
 
 
 def sort_cells(cells: Sequence[Cell]) -> list[Material]:
@@ -70,6 +90,18 @@ def sort_cells(cells: Sequence[Cell]) -> list[Material]:
             title += f" · {group[0].config.model.path or key[2]}"
         found.append(_sort_section(title, group))
     return found
+
+
+def find(name: str, stacks: Sequence[Stack]) -> Stack | None:
+    """The stack with this key, configuration or name; raises ValueError when it could be several."""
+    wanted = name.strip().lower()
+    if wanted == FULL:
+        return next((s for s in stacks if s.is_full), None)
+    exact = [s for s in stacks if wanted in (s.key.lower(), s.text.lower())]
+    hits = exact or [s for s in stacks if wanted in (s.name.lower(), s.name.lower().replace(" + ", "+"))]
+    if len(hits) > 1:
+        raise ValueError(f"{name!r} is ambiguous: {', '.join(s.key for s in hits)}")
+    return hits[0] if hits else None
 
 
 def _identity(cell: Cell) -> str:
@@ -88,7 +120,7 @@ def _sort_section(title: str, cells: list[Cell]) -> Material:
     usable, strangers = _split_by_prompts([c for c in cells if c.status == "done"])
     unusable = [(c, c.status, c.reason or "") for c in cells if c.status != "done"]
     left_out = [
-        LeftOut(status, title, names[canonical(c.config.policy)][1], labels[canonical(c.config.task)], reason)
+        LeftOut(status, title, names[canonical(c.config.policy)][1], labels[task_key(c)], reason)
         for c, status, reason in [*unusable, *((c, "not comparable", STRANGE) for c in strangers)]
     ]
     material = Material(title, usable, labels, left_out)
@@ -96,18 +128,20 @@ def _sort_section(title: str, cells: list[Cell]) -> Material:
     for cell in usable:
         by_stack[canonical(cell.config.policy)].append(cell)
     for index, (policy, own) in enumerate(sorted(by_stack.items())):
-        own.sort(key=lambda c: (natural(material.label(c)), c.config.seed))
+        own.sort(key=lambda c: (natural(material.label(c)), data_seed(c), c.config.seed))
         name, key = names[policy]
         config = own[0].config.policy
         material.stacks.append(Stack(name, key, config.evict, config.quant, config.stack, _group(own[0]), own, index))
         material.scores.append(material.run(key, own, lambda s: s.score))
-        material.nlls.append(material.run(key, own, lambda s: s.nll))
+        likelihoods = [c for c in own if c.config.task.kind == "nll"]
+        if likelihoods:
+            material.nlls[index] = material.run(key, likelihoods, lambda s: s.nll)
     return material
 
 
 def _task_labels(cells: Sequence[Cell]) -> dict[str, str]:
-    """Canonical task config -> column name: the task's name, with the fields that tell namesakes apart."""
-    configs = {canonical(c.config.task): c.config.task.model_dump(mode="json") for c in cells}
+    """Task key -> column name: the task's name, with the fields that tell namesakes apart."""
+    configs = {task_key(c): c.config.task.model_dump(mode="json", exclude={"seed"}) for c in cells}
     labels = {}
     for key, config in configs.items():
         namesakes = [other for other in configs.values() if other["name"] == config["name"]]
@@ -163,10 +197,20 @@ def _split_by_prompts(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
 
 
 def _reseeded(cells: Sequence[Cell]) -> set[str]:
-    """Tasks whose seed changes the prompts: there a sample is known by its id and seed together."""
+    """Tasks whose seed changes the prompts behind an id: there a sample is known by its id and seed together."""
     shas: dict[tuple[str, str], set[str]] = defaultdict(set)
     for cell in cells:
-        task = canonical(cell.config.task)
+        task = task_key(cell)
         for s in cell.samples:
             shas[task, s.sample_id].add(s.prompt_sha256)
     return {task for (task, _), found in shas.items() if len(found) > 1}
+
+
+def _seeded(cells: Sequence[Cell]) -> set[str]:
+    """Tasks with several data seeds: no prompt of one seed is among those of another."""
+    seeds: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for cell in cells:
+        for s in cell.samples:
+            seeds[task_key(cell)][s.prompt_sha256].add(data_seed(cell))
+    apart = {task: of for task, of in seeds.items() if all(len(found) == 1 for found in of.values())}
+    return {task for task, of in apart.items() if len(set.union(*of.values())) > 1}

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvbench.leaderboard.data import Stack
+from kvbench.leaderboard.words import tokens
+from kvbench.misses import split_misses
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,21 @@ def heat(stack: Stack) -> Heat | None:
         values = (sums / counts).tolist()
     share = max(depth for _, depth, _ in placed) <= 1
     return Heat(
-        [f"{v / 1024:g}k" if v >= 1024 and v % 1024 == 0 else f"{v:.0f}" for v in lengths],
+        list(map(tokens, lengths)),
         [f"{100 * v:.0f}%" if share else f"{v:.0f}%" for v in depths],
         values,
     )
+
+
+def kept_maps(stack: Stack) -> dict[str, Heat]:
+    """Share of the needle that is still in the cache, by layer (rows) and KV head (columns), where rows carry it."""
+    split = split_misses(s for c in stack.cells for s in c.samples)
+    maps = {"found": split.kept_if_found, "missed": split.kept_if_missed} if split else {}
+    return {
+        name: Heat([str(h) for h in range(len(kept[0]))], [str(layer) for layer in range(len(kept))], kept)
+        for name, kept in maps.items()
+        if kept
+    }
 
 
 def bins(values: Sequence[float], most: int = 12) -> tuple[list[float], Callable[[float], int]]:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvbench.leaderboard.chart import chart
+from kvbench.leaderboard.chart import Mark, Marks, chart
 from kvbench.leaderboard.data import FAINT, SOLID, Leaderboard, Section
-from kvbench.leaderboard.needles import heat
+from kvbench.leaderboard.needles import heat, kept_maps
 from kvbench.leaderboard.words import cell_text, column, number, percent, plain
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -32,7 +32,10 @@ def to_html(board: Leaderboard) -> str:
     return environment.get_template("leaderboard.html.j2").render(
         board=board,
         charts=[chart(section) for section in board.sections],
+        marks=[Marks.of(section) for section in board.sections],
+        plain_mark=Mark(-1, 0, False),
         heat=heat,
+        kept_maps=kept_maps,
         cell_text=cell_text,
         column=column,
         isnan=math.isnan,

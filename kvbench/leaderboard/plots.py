@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kvbench.leaderboard.chart import MARKERS, PALETTE, Chart, Point, chart
-from kvbench.leaderboard.data import FAINT, Leaderboard, Section, Stack
+from kvbench.leaderboard.chart import MARKERS, PALETTE, Chart, Mark, Point, chart
+from kvbench.leaderboard.data import FAINT, FULL, Leaderboard, Section, Stack
 from kvbench.leaderboard.maps import MapWriter, write_overview
 from kvbench.leaderboard.needles import heat
 from kvbench.leaderboard.progress import progress
@@ -78,20 +79,24 @@ def _pareto(path: Path, drawing: Chart, section: Section) -> None:
     )
     axes.set_ylabel("score kept" if section.retention else "mean score", color=SOFT)
     axes.set_title(literal(section.title), loc="left", fontsize=11, color=INK)
+    handles = _legend(drawing)
     figure.legend(
-        handles=_legend(drawing), loc="outside right upper", frameon=False, fontsize=8.5, labelcolor="#3a3f4d"
-    )
+        handles=handles, loc="outside right upper", frameon=False, fontsize=8.5, labelcolor="#3a3f4d",
+        ncols=math.ceil(len(handles) / 26),
+    )  # fmt: skip
     save(figure, path)
 
 
 def _draw_point(axes: Axes, p: Point) -> None:
-    colour = PALETTE[p.colour] if p.colour >= 0 else INK
     strong = p.stack.frontier >= FAINT
-    axes.plot([p.x, p.x], [p.low, p.high], color=colour, alpha=0.7 if strong else 0.25, linewidth=1.2, zorder=3)
-    axes.plot(
-        p.x, p.y, MARKERS[p.marker], color=colour, markersize=7.5, markeredgecolor="white", markeredgewidth=0.8,
-        alpha=1 if strong else 0.7, zorder=4,
-    )  # fmt: skip
+    whisker: dict[str, Any] = {
+        "color": _colour(p.mark),
+        "alpha": 0.7 if strong else 0.25,
+        "linewidth": 1.2,
+        "zorder": 3,
+    }
+    axes.plot([p.x, p.x], [p.low, p.high], **whisker)
+    axes.plot(p.x, p.y, markersize=7.5, alpha=1 if strong else 0.7, zorder=4, **_style(p.mark))
     if p.label:
         dx, dy, anchor = p.label
         place = {"end": "right", "middle": "center", "start": "left"}[anchor]
@@ -101,20 +106,32 @@ def _draw_point(axes: Axes, p: Point) -> None:
         )  # fmt: skip
 
 
+def _colour(mark: Mark) -> str:
+    return PALETTE[mark.colour] if mark.colour >= 0 else INK
+
+
+def _style(mark: Mark, colour: str | None = None) -> dict[str, Any]:
+    colour = colour or _colour(mark)
+    face, edge, width = ("white", colour, 1.3) if mark.hollow else (colour, "white", 0.8)
+    marker = {"marker": MARKERS[mark.marker], "markerfacecolor": face, "markeredgecolor": edge}
+    return {"linestyle": "", "markeredgewidth": width, **marker}
+
+
 def _legend(drawing: Chart) -> list[Line2D]:
-    handles = [_handle("o", INK, "no eviction")] if any(p.colour < 0 for p in drawing.points) else []
-    handles += [_handle("o", PALETTE[c], name) for name, c in drawing.evictors]
+    plain_mark = Mark(-1, 0, False)
+    handles = [_handle(plain_mark, "no eviction")] if any(p.stack.evict == FULL for p in drawing.points) else []
+    handles += [_handle(mark, name) for name, mark in drawing.evictors]
     if drawing.quantizers:
-        handles.append(_handle("o", GREY, "16 bit"))
-    return handles + [_handle(MARKERS[m], GREY, name) for name, m in drawing.quantizers]
+        handles.append(_handle(plain_mark, "16 bit", GREY))
+    return handles + [_handle(mark, name, GREY if mark.colour < 0 else None) for name, mark in drawing.quantizers]
 
 
-def _handle(marker: str, colour: str, label: str) -> Line2D:
+def _handle(mark: Mark, label: str, colour: str | None = None) -> Line2D:
     from matplotlib.lines import Line2D
 
     label = literal(label)
     label = f" {label}" if label.startswith("_") else label  # matplotlib hides labels that start with an underscore
-    return Line2D([], [], linestyle="", marker=marker, color=colour, markersize=7, markeredgecolor="white", label=label)
+    return Line2D([], [], markersize=7, label=label, **_style(mark, colour))
 
 
 def _interaction(path: Path, section: Section) -> None:
@@ -125,7 +142,7 @@ def _interaction(path: Path, section: Section) -> None:
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     for y, c in enumerate(ordered):
         i = c.value.score
-        colour = (LOSS if i.estimate > 0 else GAIN) if c.value.nonadditive else GREY
+        colour = (LOSS if i.estimate > 0 else GAIN) if c.claimed else GREY
         axes.plot([100 * i.low, 100 * i.high], [y, y], color=colour, linewidth=1.6)
         axes.plot(100 * i.estimate, y, "o", color=colour, markersize=6, markeredgecolor="white")
     axes.set_yticks(range(len(ordered)), [literal(c.stack.key) for c in ordered], fontsize=8.5)

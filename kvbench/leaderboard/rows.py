@@ -6,38 +6,30 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
 
 from kvbench import stats
+from kvbench.leaderboard.areas import areas
+from kvbench.leaderboard.breakdown import breakdowns
 from kvbench.leaderboard.captions import caption, notes
-from kvbench.leaderboard.data import FULL, NONE, Contrast, Section, Stack, TaskInfo, TaskScore
-from kvbench.leaderboard.material import Material
+from kvbench.leaderboard.composition import contrasts, stacking
+from kvbench.leaderboard.data import CHANCE, NO_SIGNAL, Numbers, Options, Section, Stack, TaskInfo, TaskScore
+from kvbench.leaderboard.material import Material, data_seed, find, task_key
 from kvbench.leaderboard.progress import progress
 from kvbench.results import Cell, Sample, canonical
 from kvbench.stats import Interval
 
 
-@dataclass(frozen=True)
-class _Numbers:
-    paired: stats.Paired
-    drawn: stats.Bootstrap
-    perplexity: Mapping[str, tuple[Interval, ...]]
-    full: int | None  # the policy that all others are compared to
-
-    @property
-    def headline(self) -> stats.Sampled:
-        return self.drawn.retention or self.drawn.macro
-
-
-def make_section(material: Material, resamples: int) -> Section:
+def make_section(material: Material, options: Options) -> Section:
     """Bootstrap the section once and read every number of its rows from that."""
-    numbers = _bootstrap(material, resamples)
+    numbers = _bootstrap(material, options)
     aa_floor = floor(material)
     for stack in material.stacks:
         _fill(stack, numbers)
+    _correct(material.stacks, options)
     _rank(material.stacks, numbers, aa_floor)
     _mark_front(material.stacks, numbers)
     config = material.cells[0].config
@@ -49,23 +41,72 @@ def make_section(material: Material, resamples: int) -> Section:
         stacks=material.stacks,
         tasks=_task_infos(material, numbers),
         retention=numbers.drawn.retention is not None,
-        notes=notes(numbers.full, numbers.paired, numbers.drawn),
+        notes=numbers.notes,
         caption=[],
         floor=aa_floor,
-        contrasts=_contrasts(material.stacks, numbers),
+        contrasts=contrasts(material.stacks, numbers, options),
     )
-    section.caption = caption(section, resamples)
+    section.tables = [*areas(section, numbers, options), *stacking(section, numbers, options)]
+    section.tables += breakdowns(section, material, numbers, options)
+    section.notes += notes(section, numbers.paired)
+    section.caption = caption(section, material, options)
     return section
 
 
-def _bootstrap(material: Material, resamples: int) -> _Numbers:
+def _bootstrap(material: Material, options: Options) -> Numbers:
     paired = stats.pair(material.scores, keep_missing=True)
-    drawn = stats.bootstrap(paired, material.full, resamples, track=partial(progress, label="bootstrap"))
-    perplexity: dict[str, tuple[Interval, ...]] = {}
-    if any(run.tasks for run in material.nlls):
-        likelihoods = stats.bootstrap(stats.pair(material.nlls, keep_missing=True), None, resamples)
-        perplexity = {t: tuple(map(_exp, row)) for t, row in likelihoods.tasks.items()}
-    return _Numbers(paired, drawn, perplexity, material.full)
+    base, found = _zero_policy(material, options)
+    chance = {} if base is not None else _chances(material)
+    ranked = _with_signal(material, paired, base, chance, options)
+    if not ranked:
+        ranked, found = paired.tasks, [*found, "No task has signal: the ranks below say nothing about the stacks."]
+    track = partial(progress, label="bootstrap")
+    drawn = stats.bootstrap(
+        paired, material.full, options.resamples, track=track, ranked=ranked, zero=base, chance=chance
+    )
+    perplexity: dict[str, dict[int, Interval]] = {}
+    if material.nlls:
+        likelihoods = stats.pair(list(material.nlls.values()), keep_missing=True)
+        for task, row in stats.bootstrap(likelihoods, None, options.resamples).tasks.items():
+            perplexity[task] = dict(zip(material.nlls, map(_exp, row), strict=True))
+    return Numbers(paired, drawn, perplexity, material.full, found)
+
+
+def _zero_policy(material: Material, options: Options) -> tuple[int | None, list[str]]:
+    if options.zero is None:
+        return None, []
+    stack = find(options.zero, material.stacks)
+    if stack is None:
+        return None, [f"No stack {options.zero} here, which was to score 0: retention counts from 0 instead."]
+    return stack.index, []
+
+
+def _chances(material: Material) -> dict[str, float]:
+    found = {}
+    for cell in material.cells:
+        task = cell.config.task
+        own = (task.model_extra or {}).get("chance")
+        by_name = next((v for name, v in CHANCE.items() if task.name.startswith(name)), 0.0)
+        found[material.label(cell)] = float(own) if isinstance(own, int | float) else by_name
+    return found
+
+
+def _with_signal(
+    material: Material, paired: stats.Paired, base: int | None, chance: Mapping[str, float], options: Options
+) -> tuple[str, ...]:
+    """Tasks on which the full cache is surely above chance; likelihoods have none, and one sample shows nothing."""
+    scored = {material.label(c) for c in material.cells if c.config.task.kind == "generate"}
+    judged = [t for t in paired.tasks if t in scored]
+    if material.full is None or not judged:
+        return paired.tasks
+    policies = [material.full] if base is None else [material.full, base]
+    tasks = stats.bootstrap(paired.select(policies=policies, tasks=judged), None, options.resamples).tasks
+    lost = set()
+    for task, intervals in tasks.items():
+        bottom = chance.get(task, 0.0) if base is None else intervals[1].estimate
+        if intervals[0].low <= bottom + NO_SIGNAL:
+            lost.add(task)
+    return tuple(t for t in paired.tasks if t not in lost)
 
 
 def _exp(interval: Interval) -> Interval:
@@ -89,36 +130,35 @@ def floor(material: Material) -> stats.Floor | None:
         return None
 
 
-def _fill(stack: Stack, numbers: _Numbers) -> None:
+def _fill(stack: Stack, numbers: Numbers) -> None:
     i, drawn = stack.index, numbers.drawn
     for task, scores in zip(numbers.paired.tasks, numbers.paired.scores, strict=True):
         if n := int(np.sum(~np.isnan(scores[i]))):
             retention = drawn.task_retention[task][i] if task in drawn.task_retention else None
-            perplexity = numbers.perplexity[task][i] if task in numbers.perplexity else None
+            perplexity = numbers.perplexity.get(task, {}).get(i)
             stack.tasks[task] = TaskScore(drawn.tasks[task][i], retention, perplexity, n)
     # NaN retention: no sample in common with the full cache, which is as good as not having run.
-    needed = drawn.task_retention or drawn.tasks
+    needed = {t: drawn.task_retention[t] for t in drawn.retention_tasks} or {t: drawn.tasks[t] for t in drawn.ranked}
     stack.missing = tuple(t for t, intervals in needed.items() if math.isnan(intervals[i].estimate))
     if not stack.missing:
         stack.headline = numbers.headline.interval(i)
     if numbers.full is not None and i != numbers.full:
-        _compare_to_full(stack, numbers, numbers.full)
+        with suppress(ValueError):  # a macro mean over fewer tasks would not be the one of the other rows
+            stack.difference = stats.difference_of(numbers.paired, drawn, i, numbers.full)
+    if (spread := stats.seed_spread(numbers.paired)) is not None:
+        stack.seed_sd = float(spread[i])
     samples = [s for c in stack.cells for s in c.samples]
     stack.rho, stack.rho_final, stack.rho_read = bytes_ratios(samples)
     stack.kept = sum(s.kept_tokens for s in samples) / max(1, sum(s.n_prompt_tokens for s in samples))
 
 
-def _compare_to_full(stack: Stack, numbers: _Numbers, full: int) -> None:
-    deltas, clusters = [], []
-    for scores, codes in zip(numbers.paired.scores, numbers.paired.clusters, strict=True):
-        delta = scores[stack.index] - scores[full]
-        shared = ~np.isnan(delta)
-        if not shared.any():
-            return  # a macro mean over fewer tasks would not be the one of the other rows
-        deltas.append(delta[shared])
-        clusters.append(np.unique(codes[shared], return_inverse=True)[1])
-    stack.delta = numbers.drawn.macro.contrast({stack.index: 1, full: -1})
-    stack.detectable = stats.detectable_difference(deltas, clusters)
+def _correct(stacks: Sequence[Stack], options: Options) -> None:
+    """Adjust the p values of the table's differences to the full cache for their number."""
+    compared = [s for s in stacks if s.difference]
+    adjusted = stats.CORRECTIONS[options.correction]([s.difference.p for s in compared if s.difference])
+    for stack, p in zip(compared, adjusted, strict=True):
+        stack.p_adjusted = p
+        stack.lossless = stack.difference is not None and stack.difference.not_worse(options.margin)
 
 
 def bytes_ratios(samples: Sequence[Sample]) -> tuple[float, float, float]:
@@ -132,7 +172,7 @@ def bytes_ratios(samples: Sequence[Sample]) -> tuple[float, float, float]:
     )
 
 
-def _rank(stacks: Sequence[Stack], numbers: _Numbers, aa_floor: stats.Floor | None) -> None:
+def _rank(stacks: Sequence[Stack], numbers: Numbers, aa_floor: stats.Floor | None) -> None:
     noise, macro = aa_floor.value if aa_floor else 0.0, numbers.drawn.macro.point
     groups = defaultdict(list)
     for stack in stacks:
@@ -148,18 +188,22 @@ def _rank(stacks: Sequence[Stack], numbers: _Numbers, aa_floor: stats.Floor | No
             stack.like_best = lead.contains(0.0) or bool(abs(macro[best.index] - macro[stack.index]) < noise)
 
 
-def _mark_front(stacks: Sequence[Stack], numbers: _Numbers) -> None:
+def _mark_front(stacks: Sequence[Stack], numbers: Numbers) -> None:
     complete = [s for s in stacks if not s.missing]
     draws = numbers.headline.draws[:, [s.index for s in complete]]
     shares = stats.frontier_probability(np.array([s.rho for s in complete]), draws)
-    for stack, share in zip(complete, shares, strict=True):
+    above = stats.dominators(
+        np.array([s.rho for s in complete]), numbers.drawn.macro.select([s.index for s in complete])
+    )
+    for stack, share, winner in zip(complete, shares, above, strict=True):
         stack.frontier = float(share)
+        stack.dominated_by = None if winner is None else complete[winner]
 
 
-def _task_infos(material: Material, numbers: _Numbers) -> list[TaskInfo]:
+def _task_infos(material: Material, numbers: Numbers) -> list[TaskInfo]:
     infos = []
     for key, label in material.labels.items():
-        own = [c for c in material.cells if canonical(c.config.task) == key]
+        own = [c for c in material.cells if task_key(c) == key]
         if not own:
             continue
         truncated = [bool(s.meta["truncated_tokens"]) for c in own for s in c.samples if "truncated_tokens" in s.meta]
@@ -169,28 +213,11 @@ def _task_infos(material: Material, numbers: _Numbers) -> list[TaskInfo]:
                 kind=own[0].config.task.kind,
                 fields=own[0].config.task.model_dump(mode="json"),
                 n=numbers.paired.scores[numbers.paired.tasks.index(label)].shape[1],
-                seeds=tuple(sorted({c.config.seed for c in own})),
+                seeds=tuple(sorted({data_seed(c) for c in own})),
                 truncated=statistics.fmean(truncated) if truncated else None,
                 full=None if numbers.full is None else numbers.drawn.tasks[label][numbers.full],
+                signal=label in numbers.drawn.ranked,
+                kept=label in numbers.drawn.retention_tasks,
             )
         )
     return infos
-
-
-def _contrasts(stacks: Sequence[Stack], numbers: _Numbers) -> list[Contrast]:
-    """Each stack with both parts, against its evictor alone at the same kept tokens and its quantizer alone."""
-    complete = [s for s in stacks if not any(np.isnan(scores[s.index]).any() for scores in numbers.paired.scores)]
-    if numbers.full is None or stacks[numbers.full] not in complete:
-        return []
-    found = []
-    for stack in complete:
-        if stack.evict == FULL or stack.quant == NONE:
-            continue
-        near = [s for s in complete if s.evict == stack.evict and s.quant == NONE]
-        near = [s for s in near if math.isclose(s.kept, stack.kept, rel_tol=0.01)]  # same r, as measured
-        evicted = [s for s in near if stack.text.startswith(s.text)] or near
-        quantized = [s for s in complete if s.evict == FULL and s.quant == stack.quant]
-        if len(evicted) == 1 and len(quantized) == 1:
-            parts = evicted[0].index, quantized[0].index, stack.index, numbers.full
-            found.append(Contrast(stack, stats.interaction_of(numbers.drawn, *parts)))
-    return sorted(found, key=lambda c: (not c.value.nonadditive, -abs(c.value.score.estimate)))

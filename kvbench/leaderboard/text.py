@@ -8,13 +8,15 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from kvbench.leaderboard.data import Group, Leaderboard, Section, Stack, TaskInfo
+from kvbench.leaderboard.data import Group, Leaderboard, Section, Stack, Table, TaskInfo
 from kvbench.leaderboard.words import cell_text, column, markdown, marks, percent, plain, span
 from kvbench.stats import Interval
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as RichTable
+
+SHOWN = 8  # rows of a further table in the terminal
 
 
 def to_markdown(board: Leaderboard) -> str:
@@ -51,7 +53,25 @@ def _md_section(section: Section) -> list[str]:
             row = [c.stack.key, percent(c.value.score.estimate, sign=True), span(c.value.score), c.verdict]
             lines.append(_md_row(map(markdown, row)))
         lines.append("")
-    return lines
+    for table in section.tables:
+        lines += _md_table(table)
+    return lines + _md_tasks(section)
+
+
+def _md_table(table: Table) -> list[str]:
+    lines = [f"### {markdown(table.title)}", "", markdown(table.text), ""]
+    lines += [_md_row(map(markdown, table.head)), _md_row([":--", *["--:"] * (len(table.head) - 1)])]
+    return [*lines, *(_md_row(map(markdown, (row.name, *row.cells))) for row in table.rows), ""]
+
+
+def _md_tasks(section: Section) -> list[str]:
+    lines = ["### Tasks", "", _md_row(["Task", "n", "Full cache %", "95 %", "Seeds", "Chat", "Truncated %", "Ranked"])]
+    lines.append(_md_row([":--", *["--:"] * 7]))
+    for t in section.tasks:
+        cells = [t.label, str(t.n), percent(t.full.estimate if t.full else None), span(t.full)]
+        cells += [", ".join(map(str, t.seeds)), t.chat, percent(t.truncated), "yes" if t.signal else "no signal"]
+        lines.append(_md_row(map(markdown, cells)))
+    return [*lines, ""]
 
 
 def _md_row(cells: Iterable[str]) -> str:
@@ -105,12 +125,18 @@ def _csv_row(section: Section, group: Group, s: Stack) -> dict[str, Any]:
         "headline": section.headline,
         **_csv_interval("score", s.headline),
         **_csv_interval("delta", s.delta),
+        "p": s.difference.p if s.difference else None,
+        "p_adjusted": s.p_adjusted,
+        "worst_loss": s.difference.worst_loss if s.difference else None,
+        "lossless": s.lossless if s.difference else None,
         "detectable": s.detectable,
         "rho": s.rho,
         "rho_final": s.rho_final,
         "rho_read": s.rho_read,
         "kept_share": s.kept,
         "frontier_probability": s.frontier,
+        "dominated_by": s.dominated_by.key if s.dominated_by else None,
+        "seed_sd": s.seed_sd,
         "failed_checks": " ".join(s.failed_checks),
         "n": s.n,
     }
@@ -118,6 +144,8 @@ def _csv_row(section: Section, group: Group, s: Stack) -> dict[str, Any]:
         row |= _csv_interval(f"task {label}", task.score)
         if task.perplexity:
             row |= _csv_interval(f"perplexity {label}", task.perplexity)
+    for name, interval in s.measures.items():
+        row |= _csv_interval(name, interval)
     return row
 
 
@@ -146,6 +174,8 @@ def print_table(board: Leaderboard, console: Console | None = None) -> None:
             console.print(Text(plain(note), style="bold yellow"))
         for line in section.caption:
             console.print(Text(plain(line), style="dim"))
+        for further in section.tables:
+            console.print(_further_table(further))
         console.print()
     if not board.sections:
         console.print("No finished cell yet.")
@@ -157,15 +187,34 @@ def print_table(board: Leaderboard, console: Console | None = None) -> None:
         console.print(Text(plain(f"unreadable: {p.file}: {p.reason}"), style="yellow"))
 
 
-def _table(section: Section, width: int) -> Table:
+def _empty_table(title: str) -> RichTable:
     from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text
 
-    title = Text(plain(section.title), style="bold")
-    table = Table(
-        title=title, title_justify="left", header_style="dim", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    return Table(
+        title=Text(plain(title), style="bold"), title_justify="left", header_style="dim", box=SIMPLE, pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )  # fmt: skip
+
+
+def _further_table(further: Table) -> RichTable:
+    from rich.text import Text
+
+    table = _empty_table(further.title)
+    for name in further.head:
+        table.add_column(Text(name), justify="left" if name == further.head[0] else "right", overflow="fold")
+    for row in further.rows[:SHOWN]:
+        table.add_row(Text(plain(row.name)), *(Text(plain(cell)) for cell in row.cells))
+    if len(further.rows) > SHOWN:
+        table.add_row(Text(f"… {len(further.rows) - SHOWN} more in leaderboard.md", style="dim"))
+    return table
+
+
+def _table(section: Section, width: int) -> RichTable:
+    from rich.text import Text
+
+    table = _empty_table(section.title)
     shown = section.tasks if width >= 88 + sum(len(column(t)) + 1 for t in section.tasks) else []
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("stack", overflow="fold", min_width=18)
@@ -182,7 +231,7 @@ def _table(section: Section, width: int) -> Table:
     return table
 
 
-def _add_row(table: Table, stack: Stack, shown: Iterable[TaskInfo]) -> None:
+def _add_row(table: RichTable, stack: Stack, shown: Iterable[TaskInfo]) -> None:
     from rich.text import Text
 
     table.add_row(

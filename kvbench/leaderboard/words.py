@@ -29,6 +29,11 @@ def span(interval: Interval | None, digits: int = 1, scale: float = 100) -> str:
     return f"{number(scale * interval.low, digits)} to {number(scale * interval.high, digits)}"
 
 
+def tokens(count: float) -> str:
+    """A number of tokens: 4k for 4,096, else as it is."""
+    return f"{count / 1024:g}k" if count >= 1024 and count % 1024 == 0 else f"{count:.0f}"
+
+
 def plain(text: Any) -> str:
     """One line without control characters, so that a name cannot move the cursor or end a table row."""
     return "".join(c if c.isprintable() else "�" for c in str(text))
@@ -69,6 +74,10 @@ def marks(stack: Stack) -> list[str]:
         found.append("≈ best")
     if stack.frontier >= FAINT:
         found.append("front" if stack.frontier >= SOLID else "front?")
+    if stack.lossless:
+        found.append("lossless")
+    elif stack.difference and not stack.differs:
+        found.append("≈ full")
     if stack.missing:
         found.append("incomplete")
     return found + [f"check failed: {name}" for name in stack.failed_checks]

@@ -60,6 +60,6 @@ class Recall:
             text=text,
             facts=facts,
             shares=shares,
-            asked=asked,
+            asked=[asked],
             meta={"needles": self.needles, "hard": hard, "seed": self.seed, "index": i},
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
 
 from kvbench.corpus import sentences, words
+from kvbench.tasks.chat import between_turns, chat_frame
 
 if TYPE_CHECKING:
     import random
@@ -19,6 +21,17 @@ NUMBERS_PER_VALUE = 3
 QUERY = "\nquestion : which code for {key} ?\n"
 ANSWER_PREFIX = "answer : code for {key}"
 NOTE = "note : code for {key} {value} ."
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How facts are noted in a text and asked for. room: tokens of an answer beyond its values."""
+
+    note: str = NOTE
+    query: str = QUERY
+    answer_prefix: str = ANSWER_PREFIX
+    stop: tuple[str, ...] = ("\n", " .")
+    room: int = 2
 
 
 @dataclass(frozen=True)
@@ -45,8 +58,9 @@ class Sample:
     chat: whether context + query are the user's message to a chat model, and the answer prefix begins its reply
     min_new_tokens: so many tokens are generated before a stop counts
     turns: further questions
-    meta: cluster (samples of one share a context), depth in percent (as asked for, or else as measured in tokens of the context without the needle), needle text
-        and its character span in `context`, seed, ...
+    meta: values of JSON. cluster (samples of one share a context); depth in percent (as asked for, or else as measured
+        in tokens of the context without the needle); needle_span or needle_spans: characters (begin, end) of `context`
+        that hold the answer, so that a miss can be told to be evicted or unread; truncated_tokens; seed, ...
     """
 
     sample_id: str
@@ -68,9 +82,17 @@ class Sample:
         return self.context + self.query + self.answer_prefix
 
     def segments(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
-        """Token ids of context (with BOS), query and answer prefix; their concatenation is the prompt."""
-        context, query, prefix = (encode(tokenizer, s) for s in (self.context, self.query, self.answer_prefix))
-        return bos(tokenizer) + context, query, prefix
+        """Token ids of context (with one BOS), query and answer prefix; their concatenation is the prompt."""
+        before, after = chat_frame(tokenizer) if self.chat else ("", "")
+        parts = before + self.context, self.query + after, self.answer_prefix
+        context, query, prefix = (encode(tokenizer, part) for part in parts)
+        first = bos(tokenizer)
+        return context if context[:1] == first else first + context, query, prefix
+
+    def turn_segments(self, tokenizer: PreTrainedTokenizerBase, turn: Turn) -> tuple[list[int], list[int]]:
+        """Token ids of a further question, from the end of the answer before it, and of its answer prefix."""
+        again, after = (between_turns(tokenizer), chat_frame(tokenizer)[1]) if self.chat else ("", "")
+        return encode(tokenizer, again + turn.query + after), encode(tokenizer, turn.answer_prefix)
 
 
 def bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -78,7 +100,8 @@ def bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
+    # verbose: texts longer than the model's context are fine here.
+    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False)) if text else []
 
 
 def exact_value(prediction: str, references: Sequence[str]) -> float:
@@ -90,9 +113,19 @@ def exact_value(prediction: str, references: Sequence[str]) -> float:
     return float(any(re.match(re.escape(r) + r"(?!\w)", text) for r in references))
 
 
-def largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest n in 0..most for which a monotone `fits` holds, or -1 if not even 0 does."""
+def values_found(prediction: str, references: Sequence[str]) -> float:
+    """The share of the reference values that stand in the prediction as whole words, whatever their case."""
+    text = " ".join(prediction.split())
+    found = [re.search(rf"(?<!\w){re.escape(r)}(?!\w)", text, re.IGNORECASE) is not None for r in references]
+    return sum(found) / len(found)
+
+
+def largest(most: int, fits: Callable[[int], bool], guess: int | None = None) -> int:
+    """The largest n in 0..most for which a monotone `fits` holds, or -1 if not even 0 does. guess: look there first."""
     low, high = -1, most
+    for near in [] if guess is None else [guess - 4, guess + 4]:
+        if low < near <= high:
+            low, high = (near, high) if fits(near) else (low, near - 1)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -161,47 +194,55 @@ def fitted(
     text: Sequence[str],
     facts: Sequence[tuple[str, str]],
     shares: Sequence[float],
-    asked: int,
+    asked: Sequence[int],
     meta: dict[str, Any],
+    wording: Wording = Wording(),
+    chat: bool = False,
+    by_sentence: bool = True,
 ) -> Sample:
     """The sample with as many sentences of `text` as fit: prompt and answer have at most `length` tokens.
 
     facts: (key, value) pairs, noted in this order; shares: how much of the text, in [0, 1], stands before each note.
+    asked: the facts, all of one key, whose values are the answer. by_sentence: shares are of the sentences, not of the
+    letters.
     """
-    notes = [NOTE.format(key=key, value=value) for key, value in facts]
-    key, value = facts[asked]
-    query, prefix = QUERY.format(key=key), ANSWER_PREFIX.format(key=key)
-    answer = len(encode(tokenizer, " " + value))
-    fixed = len(bos(tokenizer)) + len(encode(tokenizer, query)) + len(encode(tokenizer, prefix)) + answer
+    notes = [wording.note.format(key=key, value=value) for key, value in facts]
+    key, values = facts[asked[0]][0], tuple(facts[i][1] for i in asked)
+    query, prefix = wording.query.format(key=key), wording.answer_prefix.format(key=key)
+    answer = len(encode(tokenizer, "".join(f" {value}" for value in values)))
+    bare = Sample(sample_id, task, "", query, prefix, values, answer + wording.room, wording.stop, length, chat)
+    fixed = sum(map(len, bare.segments(tokenizer))) + answer
+
+    letters = list(accumulate(map(len, text), initial=0))
+
+    def before(share: float, count: int) -> int:
+        """How many of so many sentences stand before a note."""
+        return round(share * count) if by_sentence else bisect_right(letters, share * letters[count], hi=count + 1) - 1
 
     def context(count: int) -> tuple[str, list[tuple[int, int]]]:
-        return place(text[:count], [(round(share * count), note) for share, note in zip(shares, notes, strict=True)])
+        return place(text[:count], [(before(share, count), note) for share, note in zip(shares, notes, strict=True)])
 
     def tokens(count: int) -> int:
         return fixed + len(encode(tokenizer, context(count)[0]))
 
-    count = largest(len(text), lambda n: tokens(n) <= length)
+    # Tokens of single sentences add up to nearly those of the text; long texts are tokenised a few times only.
+    sizes = list(accumulate((len(encode(tokenizer, sentence)) for sentence in text), initial=tokens(0)))
+    count = largest(len(text), lambda n: tokens(n) <= length, guess=bisect_right(sizes, length) - 1)
     if count < 0:
         raise ValueError(f"length={length}: {task} with {len(facts)} needles takes at least {tokens(0)} tokens")
     body, spans = context(count)
-    begin, end = spans[asked]
-    used, before = tokens(count), len(encode(tokenizer, body[:begin]))
-    depth = round(100 * before / max(1, used - fixed - len(encode(tokenizer, body[begin:end]))), 1)
-    return Sample(
-        sample_id=sample_id,
-        task=task,
+    begin, end = spans[asked[0]]
+    used, ahead = tokens(count), len(encode(tokenizer, body[:begin]))
+    depth = round(100 * ahead / max(1, used - fixed - len(encode(tokenizer, body[begin:end]))), 1)
+    return replace(
+        bare,
         context=body,
-        query=query,
-        answer_prefix=prefix,
-        references=(value,),
-        max_new_tokens=answer + 2,
-        stop=("\n", " ."),
-        length=length,
         meta={
             "depth": depth,
             "measured_depth": depth,
-            "needle": notes[asked],
+            "needle": notes[asked[0]],
             "needle_span": (begin, end),
+            "needle_spans": [spans[i] for i in asked],
             "spans": spans,
             "key": key,
             "tokens": used,

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kvbench import CompressedCache
-from kvbench.policies import FP8, H2O, KIVI, NVFP4, Evictor, Full, KeyDiff, Random, SnapKV, StreamingLLM
+from kvbench.policies import FP8, H2O, KIVI, NVFP4, Evictor, Full, KeyDiff, KVSharer, Random, SnapKV, StreamingLLM
 
 VOCAB = 61
 
@@ -74,6 +74,7 @@ POLICIES = [
     Random(0.8) | H2O(12),
     small_kivi | H2O(12),
     NVFP4() | KeyDiff(0.5),
+    H2O(0.6) | small_kivi | KVSharer(pairs=((1, 0),)),
 ]
 
 

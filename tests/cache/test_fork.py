@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvbench import CompressedCache
-from kvbench.policies import FP8, H2O, KIVI, Full, Random, SnapKV, StreamingLLM
+from kvbench.policies import FP8, H2O, KIVI, Full, Random, SnapKV, Stack, StreamingLLM
 
 NEEDS = {"attention": 1, "queries": 8}
 
@@ -21,7 +21,8 @@ def decode(model, cache, do, mask, tokens):
 def test_fork_is_a_direct_run(policy, family, tiny, do) -> None:
     model = tiny(family)
     ids, mask = do.left_padded(38, 29)
-    record, direct = CompressedCache(model, Full(), needs=NEEDS), CompressedCache(model, policy)
+    record = CompressedCache(model, Stack((policy,)).sharing, needs=NEEDS)
+    direct = CompressedCache(model, policy)
     with record.deferred():
         do.feed(model, record, ids, mask)
     do.feed(model, direct, ids, mask)

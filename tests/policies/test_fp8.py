@@ -1,10 +1,14 @@
 """FP8 against its definition in plain loops and stored bytes."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from kvbench.policies import FP8
+from kvbench.policies import FP8, KV, Mixed, Quantizer, Step
 
 F32 = np.float32
 E4M3 = [m * 2.0**-9 if e == 0 else (8 + m) * 2.0 ** (e - 10) for e in range(16) for m in range(8)][:127]
@@ -92,6 +96,136 @@ def test_requantizing_decoded_values_changes_nothing() -> None:
             assert torch.equal(a, b), name
 
 
+def byte(x: float, scale: float) -> int:
+    """The definition, for one element in float32."""
+    ratio = float(F32(x) / F32(scale))
+    return min(range(127), key=lambda c: (abs(E4M3[c] - abs(ratio)), c % 2)) + 128 * (x < 0)
+
+
+def in_layer(layer: int) -> Step:
+    return Step(layer, torch.tensor([8]), torch.tensor([8]), order=0, layers=1)
+
+
+def assert_packed_with(kv: KV, x: torch.Tensor, scales: list[tuple[float, ...]]) -> None:
+    """Both sides of `kv` are x [1, H, T, D] coded with scales[side][head]."""
+    for side, of_heads, decoded in zip(("keys", "values"), scales, kv.decode(), strict=True):
+        codes = dict(kv.tensors())[f"{side}.codes"].view(x.shape)
+        for head, scale in enumerate(of_heads):
+            flat = x[0, head].flatten().tolist()
+            expected = [byte(v, scale) for v in flat]
+            assert codes[0, head].flatten().tolist() == expected
+            back = [float(F32(E4M3[c % 128]) * F32(scale)) * (-1 if c > 127 else 1) for c in expected]
+            assert decoded[0, head].flatten().tolist() == back
+
+
+LAYOUTS = [
+    ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale"),  # Model-Optimizer
+    ("self_attn.k_scale", "self_attn.v_scale"),  # llm-compressor
+    ("self_attn.k_proj.output_scale", "self_attn.v_proj.output_scale"),  # llm-compressor, first releases
+    ("self_attn.attn.k_scale", "self_attn.attn.v_scale"),  # as vLLM names them once loaded
+]
+
+
+@pytest.mark.parametrize("names", LAYOUTS, ids="|".join)
+@pytest.mark.parametrize("headroom", [1.0, 1.25])
+def test_scales_of_a_checkpoint_belong_to_their_layer(names: tuple[str, str], headroom: float, tmp_path: Path) -> None:
+    save_file(
+        {
+            f"model.layers.0.{names[0]}": torch.tensor([0.5]),
+            f"model.layers.0.{names[1]}": torch.tensor(0.25).bfloat16(),
+            "model.layers.0.self_attn.k_proj.weight_scale": torch.tensor(9.0),
+            "model.layers.0.self_attn.k_proj.input_scale": torch.tensor(9.0),
+            "model.layers.0.self_attn.o_proj.output_scale": torch.tensor(9.0),
+            "model.layers.0.self_attn.q_scale": torch.tensor(9.0),
+        },
+        tmp_path / "model-00001-of-00002.safetensors",
+    )
+    save_file({f"model.layers.12.{names[1]}": torch.tensor(0.1)}, tmp_path / "model-00002-of-00002.safetensors")
+    policy = FP8(3.0, 4.0, checkpoint=str(tmp_path), headroom=headroom)
+    x = torch.randn(1, 2, 8, 16) * torch.logspace(-4, 3, 8)[:, None]
+    for layer, key, value in ((0, 0.5, 0.25), (1, 3.0, 4.0), (12, 3.0, float(F32(0.1)))):
+        kv = policy.encode(x, x, in_layer(layer))
+        assert_packed_with(kv, x, [(headroom * key,) * 2, (headroom * value,) * 2])
+        assert kv.nbytes == FP8().encode(x, x).nbytes  # scales are parameters, not cache
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1, 1), (1, 2, 1)])
+def test_scales_per_head_follow_their_rows(shape: tuple[int, ...], tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.{}_scale"
+    keys, values = (0.5, 0.03), (2.0, 7.0)
+    tensors = {name.format("k"): torch.tensor(keys).view(shape), name.format("v"): torch.tensor(values).view(shape)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    policy = FP8(checkpoint=str(tmp_path / "m.safetensors"), headroom=1.25)
+    x = torch.randn(1, 2, 8, 16) * 100
+    kv = policy.encode(x, x)
+    assert_packed_with(kv, x, [tuple(1.25 * float(F32(s)) for s in side) for side in (keys, values)])
+    kept = kv.gather(torch.tensor([[[1, 6, -1], [0, 3, 7]]]))  # rows know their head
+    assert torch.equal(kept.keys.dense()[:, 0, :2], kv.keys.dense()[:, 0, [1, 6]])
+    assert torch.equal(kept.keys.dense()[:, 1], kv.keys.dense()[:, 1, [0, 3, 7]])
+    with pytest.raises(ValueError, match="scales for 2 key-value heads, but the model has 3; use a checkpoint of this"):
+        policy.encode(torch.zeros(1, 3, 4, 16), torch.zeros(1, 3, 4, 16))
+
+
+def test_biases_of_a_checkpoint_are_taken_off_and_put_back(tmp_path: Path) -> None:
+    bias = torch.randn(1, 2, 1, 16) * 300
+    name = "model.layers.0.self_attn.{}"
+    tensors = {name.format("k_proj.k_bias"): bias, name.format("k_proj.k_scale"): torch.tensor(2**-7)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    policy = FP8(checkpoint=str(tmp_path))
+    x = torch.randn(1, 2, 8, 16) + bias
+    got, by_hand = policy.encode(x, x), FP8(2**-7).encode(x - bias, x)
+    for (field, a), (_, b) in zip(got.tensors(), by_hand.tensors(), strict=True):
+        assert torch.equal(a, b), field
+    assert torch.equal(got.keys.dense(), by_hand.keys.dense() + bias)
+    both = policy.encode(x.expand(3, -1, -1, -1), x.expand(3, -1, -1, -1))  # attention reads without decoding
+    query, weights = torch.randn(3, 2, 4, 16), torch.rand(3, 2, 4, 5)
+    torch.testing.assert_close(
+        both.keys.scores(query, 1, 6), query @ both.keys.dense()[:, :, 1:6].mT, rtol=1e-4, atol=1e-3
+    )
+    torch.testing.assert_close(
+        both.keys.mix(weights, 1, 6), weights @ both.keys.dense()[:, :, 1:6], rtol=1e-4, atol=1e-3
+    )
+    assert (got.keys.dense() - x).norm() < 0.05 * (FP8().encode(x, x).keys.dense() - x).norm()
+
+
+def test_one_scale_for_both_sides(tmp_path: Path) -> None:
+    save_file({"model.layers.1.self_attn.kv_scale": torch.tensor(0.5)}, tmp_path / "m.safetensors")
+    assert FP8(checkpoint=str(tmp_path)).codecs(in_layer(1)) == FP8(0.5, 0.5).codecs()
+    file = tmp_path / "kv_cache_scales.json"
+    file.write_text(json.dumps({"kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": {"1": 0.25}}}}))
+    assert FP8(checkpoint=str(file)).codecs(in_layer(1)) == FP8(0.25, 0.25).codecs()
+    assert FP8(2.0, checkpoint=str(file)).codecs(in_layer(0)) == FP8(2.0).codecs()
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        (None, r"no such file, or no .*; make it: python scripts/calibrate_scales.py --model MODEL --text FILE --out "),
+        ({"model.layers.0.self_attn.q_scale": [1.0]}, "no tensor is named"),
+        ({"layers.0.self_attn.k_scale": [1.0, -1.0]}, "k_scale of layer 0 must be finite, and positive if it is a sc"),
+        ({"layers.0.self_attn.kv_scale": [0.0]}, "k_scale of layer 0 must be finite, and positive if it is a scale"),
+        ({"layers.7.self_attn.v_bias": [float("nan")]}, "v_bias of layer 7 must be finite"),
+    ],
+)
+def test_checkpoints_without_usable_scales_are_refused(tensors: dict | None, message: str, tmp_path: Path) -> None:
+    if tensors:
+        save_file({key: torch.tensor(value) for key, value in tensors.items()}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=f"FP8: checkpoint=.*{message}"):
+        FP8(checkpoint=str(tmp_path)).check(64)
+
+
+@pytest.mark.parametrize("policy, limit", [(FP8(), 448.0), (FP8(format="e5m2"), 57344.0)], ids=str)
+def test_headroom_keeps_what_would_saturate_and_saturation_is_counted(policy: FP8, limit: float) -> None:
+    x = torch.zeros(1, 1, 2, 4)
+    x[0, 0, 0] = torch.tensor([limit, 1.2 * limit, -2 * limit, limit * 0.8])
+    assert policy.saturated(policy.encode(x, torch.zeros_like(x))) == (3, 0)
+    roomy = FP8(format=policy.format, headroom=1.5)
+    kv = roomy.encode(torch.zeros_like(x), x)
+    assert roomy.saturated(kv) == (0, 1)
+    assert kv.values.dense()[0, 0, 0, 1:3].tolist() == pytest.approx([1.2 * limit, -1.5 * limit], rel=1 / 8)
+    assert roomy.saturated(KV.of(x, x)) == (0, 0)
+
+
 GOLDEN = [
     ([0.0, -0.0, 1.0, -1.0], "008038b8"),
     ([448.0, -448.0, 449.0, -1e30], "7efe7efe"),
@@ -124,7 +258,13 @@ def test_scales_must_be_positive(field: str, scale: object) -> None:
     [
         ({"format": "e3m4"}, r"format must be one of \['e4m3', 'e5m2'\], got 'e3m4'"),
         ({"per_token": 1}, "per_token must be true or false, got 1"),
-        ({"per_token": True, "value_scale": 2.0}, "leave key_scale and value_scale at 1, got 1.0 and 2.0"),
+        ({"per_token": True, "value_scale": 2.0}, "takes its scales from the tokens; leave value_scale out, got 2.0"),
+        ({"per_token": True, "checkpoint": "x"}, "takes its scales from the tokens; leave checkpoint out, got 'x'"),
+        ({"per_token": True, "headroom": 1.5}, "takes its scales from the tokens; leave headroom out, got 1.5"),
+        ({"format": "e5m2", "checkpoint": "x"}, "scales of a checkpoint are for e4m3; leave format out, got 'e5m2'"),
+        ({"checkpoint": 3}, "checkpoint must be the path of a folder or file, got 3"),
+        ({"headroom": 0.9}, "headroom must be a number of at least 1, got 0.9"),
+        ({"headroom": float("inf")}, "headroom must be a number of at least 1, got inf"),
     ],
 )
 def test_other_formats_and_two_kinds_of_scale_are_refused(fields: dict, message: str) -> None:
@@ -133,9 +273,17 @@ def test_other_formats_and_two_kinds_of_scale_are_refused(fields: dict, message:
 
 
 @pytest.mark.parametrize(
-    "name, policy", [("fp8", FP8()), ("fp8_token", FP8(per_token=True)), ("fp8_e5m2", FP8(format="e5m2"))]
+    "name, policy",
+    [
+        ("fp8", FP8()),
+        ("fp8_token", FP8(per_token=True)),
+        ("fp8_e5m2", FP8(format="e5m2")),
+        ("fp8_tensor", FP8(checkpoint="proving", headroom=1.25)),
+        ("fp8_head", FP8(checkpoint="proving_head", headroom=1.25)),
+        ("fp8_values", Mixed(None, FP8())),
+    ],
 )
-def test_configurations(name: str, policy: FP8) -> None:
+def test_configurations(name: str, policy: Quantizer) -> None:
     from importlib.resources import files
 
     from hydra.utils import instantiate

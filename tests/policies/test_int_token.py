@@ -123,6 +123,34 @@ def test_half_a_step_of_error_and_grids_are_exact(bits: int) -> None:
     assert torch.equal(got, grid * 0.25)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("without_zero", [False, True])
+def test_clipped_ranges_are_the_definition(bits: int, without_zero: bool) -> None:
+    clip = F32(0.9)
+    x = torch.randn(1, 1, 24, 64) * torch.logspace(-3, 2, 24)[:, None]
+    x[..., 3, :] = 0
+    x[..., 4, :] = x[..., 4, :].abs() + 1  # of one sign: only the far end is clipped
+    kv = IntToken(bits, symmetric=without_zero, clip=0.9).encode(x, x)
+    tensors = stored(kv, "keys")
+    for t, row in enumerate(x[0, 0].tolist()):
+        low, high = (clip * F32(end) for end in (min(row), max(row)))
+        if without_zero:
+            high = max(-low, high)
+            low = -high
+        codes, metadata, expected = (symmetric if without_zero else affine)(
+            [float(min(max(F32(v), low), high)) for v in row], bits
+        )
+        assert unpacked(tensors["codes"][t], bits) == codes
+        assert tuple(float(tensors[name][t]) for name in ("scale", "zero") if name in tensors) == metadata
+        assert kv.keys.dense()[0, 0, t].tolist() == expected
+
+
+def test_clipping_helps_rotated_rows_at_two_bits() -> None:
+    x = torch.randn(1, 1, 512, 128)
+    whole, clipped = ((IntToken(2, rotate=True, clip=clip).encode(x, x).keys.dense() - x).norm() for clip in (1.0, 0.8))
+    assert clipped < 0.95 * whole
+
+
 @pytest.mark.parametrize("rotate", [False, True])
 def test_the_newest_tokens_stay_in_full_precision(rotate: bool) -> None:
     policy = IntToken(4, rotate=rotate, residual=8)
@@ -189,6 +217,9 @@ def test_stored_bytes_never_change(x: list, with_zero: str, without: str) -> Non
         ({"block": 1}, "block must be a power of two of at least 2, or None, got 1"),
         ({"block": 16.0}, "block must be a power of two of at least 2, or None, got 16.0"),
         ({"residual": -1}, "residual must be an int of 0 or more tokens, got -1"),
+        ({"clip": 0}, r"clip must be a share in \(0, 1\], got 0"),
+        ({"clip": 1.1}, r"clip must be a share in \(0, 1\], got 1.1"),
+        ({"clip": True}, r"clip must be a share in \(0, 1\], got True"),
         ({"residual": True}, "residual must be an int of 0 or more tokens, got True"),
     ],
 )
@@ -238,6 +269,7 @@ def test_mixes_with_another_format() -> None:
         ("int4", IntToken(4)),
         ("int4_hadamard", IntToken(4, rotate=True)),
         ("int2_hadamard", IntToken(2, rotate=True, rotate_values=True)),
+        ("int4_quarot", IntToken(4, rotate=True, rotate_values=True, clip=0.95)),
     ],
 )
 def test_configurations(name: str, policy: IntToken) -> None:

@@ -231,10 +231,14 @@ def test_one_scale_per_layer_from_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, tensors, message",
     [
-        ("missing", None, "no such file, or no .*; Model-Optimizer writes one: python hf_ptq.py .*nvfp4"),
+        (
+            "missing",
+            None,
+            "no such file, or no .*; make it: python scripts/calibrate_scales.py --model MODEL --text FI",
+        ),
         ("m.safetensors", {"model.norm.weight": [1.0]}, "no tensor is named"),
-        ("m.safetensors", {"layers.0.k_proj.k_scale": [0.0]}, "k_scale of layer 0 must be one positive number"),
-        ("m.safetensors", {"layers.0.k_proj.k_scale": [1.0, 2.0]}, "k_scale of layer 0 must be one positive number"),
+        ("m.safetensors", {"layers.0.k_proj.k_scale": [0.0]}, "k_scale of layer 0 must be finite, and positive"),
+        ("m.safetensors", {"layers.0.k_proj.k_scale": [1.0, 2.0]}, "k_scale of layer 0 must be one number, got 2; "),
         ("m.safetensors", {"layers.3.v_proj.v_bias": [float("nan")]}, "v_bias of layer 3 must be"),
         ("m.json", {"kv_cache": {}}, 'must be {"kv_cache": {"scaling_factor": .*, of one rank'),
         ("m.json", {"kv_cache": {"scaling_factor": {"0": {}, "1": {}}}}, "of one rank"),
@@ -263,7 +267,14 @@ def test_checkpoints_of_other_models_and_other_types_are_refused(checkpoint: Pat
         NVFP4(checkpoint=1)
 
 
-@pytest.mark.parametrize("name, policy", [("nvfp4", NVFP4()), ("nvfp4_rotate", NVFP4(rotate=True))])
+@pytest.mark.parametrize(
+    "name, policy",
+    [
+        ("nvfp4", NVFP4()),
+        ("nvfp4_rotate", NVFP4(rotate=True)),
+        ("nvfp4_affine", NVFP4(checkpoint="proving_affine")),
+    ],
+)
 def test_configurations(name: str, policy: NVFP4) -> None:
     from importlib.resources import files
 

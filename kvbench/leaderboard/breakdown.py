@@ -1,0 +1,348 @@
+"""What stands behind a score: by length, by turn, by data seed; missed needles, long answers, fidelity."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvbench import stats
+from kvbench.leaderboard.data import Numbers, Options, Section, Stack, Table, TableRow
+from kvbench.leaderboard.material import Material
+from kvbench.leaderboard.words import number, percent, span, tokens
+from kvbench.misses import split_misses
+from kvbench.results import Cell, Sample
+from kvbench.stats import Interval
+
+EFFECTIVE = 0.856  # RULER's bar for an effective length: Llama 2 7B at 4,096 tokens
+MOST_LENGTHS = 12
+
+Value = Callable[[Sample], float | None]
+
+
+def breakdowns(section: Section, material: Material, numbers: Numbers, options: Options) -> list[Table]:
+    """The tables for which the cells carry data."""
+    stacks = [s for _, members in section.groups for s in members]
+    tables = [
+        *_lengths(stacks, material, options),
+        _turns(stacks, material, options),
+        _needles(stacks),
+        _answers(stacks, material, options),
+        _bytes_over_time(stacks),
+        _fidelity(stacks, material, options),
+        _seeds(stacks, numbers),
+    ]
+    return [t for t in tables if t.rows]
+
+
+def _measure(material: Material, values: Mapping[str, Value], options: Options) -> dict[str, dict[int, Interval]]:
+    """Name -> stack -> macro mean of a value per sample, over the tasks whose rows carry it, with its interval."""
+    found: dict[str, dict[int, Interval]] = {}
+    for name, value in values.items():
+        runs = {s.index: material.run(s.key, s.cells, value) for s in material.stacks}
+        runs = {i: run for i, run in runs.items() if run.tasks}
+        if runs:
+            drawn = stats.bootstrap(stats.pair(list(runs.values()), keep_missing=True), None, options.resamples)
+            found[name] = {i: drawn.macro.interval(k) for k, i in enumerate(runs)}
+            for i, interval in found[name].items():
+                material.stacks[i].measures[name] = interval
+    return found
+
+
+def _cells(
+    found: Mapping[str, Mapping[int, Interval]], stack: Stack, form: Mapping[str, Callable[[Interval], str]]
+) -> tuple[str, ...] | None:
+    """One text per measure of `form`; None for a stack that has none of them."""
+    own = {name: found[name].get(stack.index) for name in form if name in found}
+    if all(i is None or math.isnan(i.estimate) for i in own.values()):
+        return None
+    return tuple("–" if (i := own.get(name)) is None else write(i) for name, write in form.items())
+
+
+def _table(title: str, text: str, head: Sequence[str], stacks: Sequence[Stack], cells: Sequence[Any]) -> Table:
+    rows = tuple(TableRow(s.key, c, s) for s, c in zip(stacks, cells, strict=True) if c is not None)
+    return Table(title, text, ("Stack", *head), rows)
+
+
+def _in_percent(interval: Interval) -> str:
+    return f"{percent(interval.estimate)} ({span(interval)})"
+
+
+# -- lengths ---------------------------------------------------------------------------------------------------------
+
+Length = tuple[float, str]  # for sorting, and its name
+BINS = ("short", "medium", "long")  # of LongBench v2
+Grid = Mapping[Length, Mapping[str, str]]  # length -> task -> its column in the bootstrap
+
+
+def _lengths(stacks: Sequence[Stack], material: Material, options: Options) -> list[Table]:
+    """Per benchmark with several lengths: stacks by length; for RULER tasks by length, for the best of a budget."""
+    grids: dict[str, dict[Length, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+
+    def column(cell: Cell, sample: Sample) -> str:
+        family, name, length = _family(cell), cell.config.task.name, _length(cell, sample)
+        grids[family][length][name] = label = f"{family} / {name} / {length[1]}"
+        return label
+
+    def has_length(cell: Cell) -> bool:
+        return cell.config.task.kind == "generate" and all(_length(cell, s)[0] >= 0 for s in cell.samples)
+
+    known = {s.index: [c for c in s.cells if has_length(c)] for s in material.stacks}
+    runs = [material.run(str(i), own, lambda x: x.score, column) for i, own in known.items() if own]
+    wanted = {f: dict(sorted(of.items())) for f, of in grids.items() if 1 < len(of) <= MOST_LENGTHS}
+    if not wanted:
+        return []
+    paired = stats.pair(runs, keep_missing=True)
+    drawn = stats.bootstrap(paired, None, options.resamples)
+    place = {int(name): k for k, name in enumerate(paired.names)}
+    tables = []
+    for family, grid in sorted(wanted.items()):
+        means = {n: drawn.over(list(tasks.values()), list(place.values())) for n, tasks in grid.items()}
+        tables.append(_by_length(family, grid, means, stacks, place))
+        if _is_ruler(family):
+            shown = [s for s in stacks if (s.is_full or s.rank == 1) and s.index in place]
+            tables += [_matrix(family, grid, drawn, s, place[s.index]) for s in shown]
+    return tables
+
+
+def _length(cell: Cell, sample: Sample) -> Length:
+    """The requested length in tokens, or the bin of LongBench-E and v2; below 0 where there is none."""
+    name, bin_ = cell.config.task.name, sample.meta.get("length_bucket")
+    if isinstance(bin_, str) and name.startswith(("longbench_e", "longbench_v2")):
+        digits = "".join(c if c.isdigit() else " " for c in bin_).split()
+        return float(BINS.index(bin_) if bin_ in BINS else int(digits[0]) if digits else 0), bin_
+    length = sample.meta.get("length")
+    return (length, tokens(length)) if isinstance(length, int) and length > 0 else (-1, "")
+
+
+def _family(cell: Cell) -> str:
+    """Tasks that are read together: a variant of RULER, LongBench-E, or else a task for itself."""
+    task = cell.config.task
+    variant = (task.model_extra or {}).get("variant")
+    if isinstance(variant, str) and _is_ruler(variant):
+        return variant
+    return "longbench_e" if task.name.startswith("longbench_e") else task.name
+
+
+def _is_ruler(family: str) -> bool:
+    return family.split("_")[0] == "ruler"
+
+
+def _by_length(
+    family: str,
+    grid: Grid,
+    means: Mapping[Length, stats.Sampled],
+    stacks: Sequence[Stack],
+    place: Mapping[int, int],
+) -> Table:
+    ruler = _is_ruler(family)
+    cells: list[tuple[str, ...] | None] = []
+    for stack in stacks:
+        own = [means[n].interval(place[stack.index]) for n in grid] if stack.index in place else []
+        for (_, name), interval in zip(grid, own, strict=False):
+            stack.measures[f"{family} length {name}"] = interval
+        scores = np.array([i.estimate for i in own])
+        if not own or np.isnan(scores).all():
+            cells.append(None)
+            continue
+        rising = np.arange(1, len(scores) + 1)
+        weights = [np.ones(len(scores)), rising, rising[::-1]] if ruler else [np.ones(len(scores))]
+        row = [_short(i) for i in own] + [percent(float(np.average(scores, weights=w))) for w in weights]
+        if ruler:
+            reached = [name for (_, name), score in zip(grid, scores, strict=True) if score >= EFFECTIVE]
+            row.append(reached[-1] if reached else f"< {next(iter(grid))[1]}")
+        cells.append(tuple(row))
+    counts = sorted({len(tasks) for tasks in grid.values()})
+    tasks = f"{' or '.join(map(str, counts))} task{'' if counts == [1] else 's'}"
+    text = f"Mean score in percent over {tasks} by length, with 95 % intervals. "
+    head = [*(name for _, name in grid), "Mean"]
+    if ruler:
+        head += ["Rising", "Falling", "Effective"]
+        text += (
+            "Rising and falling: means with weights 1, 2, 3, … towards the long and towards the short end. Effective: "
+            f"the longest length with at least {percent(EFFECTIVE)} (RULER's bar). "
+        )
+    if len(counts) > 1:
+        text += "Not every task ran at every length: columns are not comparable with each other."
+    return _table(f"{family} by length", text.strip(), head, stacks, cells)
+
+
+def _short(interval: Interval) -> str:
+    ends = "" if math.isnan(interval.low) else f" ({percent(interval.low, 0)}–{percent(interval.high, 0)})"
+    return percent(interval.estimate, 0) + ends
+
+
+def _matrix(family: str, grid: Grid, drawn: stats.Bootstrap, stack: Stack, policy: int) -> Table:
+    rows = []
+    for task in sorted({name for of in grid.values() for name in of}):
+        own = [drawn.tasks[of[task]][policy] if task in of else None for of in grid.values()]
+        if any(i and not math.isnan(i.estimate) for i in own):
+            rows.append(TableRow(task.removeprefix(f"{family}_"), tuple("–" if i is None else _short(i) for i in own)))
+    return Table(
+        f"{family} by task and length: {stack.key}",
+        "Mean score in percent with 95 % intervals.",
+        ("Task", *(name for _, name in grid)),
+        tuple(rows),
+    )
+
+
+# -- turns, needles, answers, fidelity, seeds ------------------------------------------------------------------------
+
+
+def _detail(name: str) -> Value:
+    def value(sample: Sample) -> float | None:
+        found = (sample.details or {}).get(name)
+        return float(found) if isinstance(found, int | float) else None
+
+    return value
+
+
+def _turn_scores(sample: Sample) -> list[float]:
+    found = (sample.details or {}).get("turn_scores")
+    return found if isinstance(found, list) and len(found) > 1 else []
+
+
+def _turns(stacks: Sequence[Stack], material: Material, options: Options) -> Table:
+    most = max((len(_turn_scores(s)) for c in material.cells for s in c.samples), default=0)
+
+    def at(turn: int) -> Value:
+        return lambda s: scores[turn] if len(scores := _turn_scores(s)) > turn else None
+
+    def drop(sample: Sample) -> float | None:
+        first, *later = _turn_scores(sample) or [0.0]
+        return first - sum(later) / len(later) if later else None
+
+    values: dict[str, Value] = {f"turn {k + 1}": at(k) for k in range(most)}
+    if most:
+        values["turn 1 minus later"] = drop
+    found = _measure(material, values, options)
+    form = dict.fromkeys(found, _in_percent)
+    text = (
+        "Mean score in percent by turn on one compressed cache, with 95 % intervals, and the first turn minus the mean "
+        "of the later ones in points. What was kept for the first question may not serve the next."
+    )
+    return _table(
+        "Score by turn", text, [n.capitalize() for n in form], stacks, [_cells(found, s, form) for s in stacks]
+    )
+
+
+def _needles(stacks: Sequence[Stack]) -> Table:
+    cells: list[tuple[str, ...] | None] = []
+    for stack in stacks:
+        split = split_misses(s for c in stack.cells for s in c.samples)
+        if split is None:
+            cells.append(None)
+            continue
+        n = split.found + split.misses
+        shares = (split.found, split.evicted, split.unread, split.found_evicted)
+        cells.append((*(percent(k / n) for k in shares), str(n)))
+    text = (
+        "Share of prompts in percent. A needle counts as kept where at least half of the layers' heads hold at least "
+        "half of its tokens at the end of the compression. Evicted: missed, and the needle is gone; not read: missed, "
+        "although it is kept. The rows of the leaderboard open to the shares by layer and head."
+    )
+    head = ("Found", "Missed: evicted", "Missed: not read", "Found although evicted", "n")
+    return _table("Where needles are missed", text, head, stacks, cells)
+
+
+def _answers(stacks: Sequence[Stack], material: Material, options: Options) -> Table:
+    repeated = _detail("repetition")
+
+    def long(value: Value) -> Value:
+        return lambda s: value(s) if repeated(s) is not None else None
+
+    values: dict[str, Value] = {
+        "score": lambda s: s.score,
+        "score if finished": lambda s: None if s.truncated else s.score,
+        "truncated answers": lambda s: None if s.truncated is None else float(s.truncated),
+        "generated tokens": lambda s: float(s.n_generated),
+        "repetition": repeated,
+        "mean bytes": _detail("kv_bytes_mean"),
+        "peak bytes": lambda s: None if s.kv_bytes_peak is None else float(s.kv_bytes_peak),
+    }
+    found = _measure(material, {f"answer: {name}": long(value) for name, value in values.items()}, options)
+    kib: Callable[[Interval], str] = lambda i: f"{i.estimate / 1024:,.1f}"  # noqa: E731
+    form = {
+        "answer: score": _in_percent,
+        "answer: score if finished": _in_percent,
+        "answer: truncated answers": _in_percent,
+        "answer: generated tokens": lambda i: f"{number(i.estimate)} ({span(i, 0, 1)})",
+        "answer: repetition": lambda i: percent(i.estimate),
+        "answer: mean bytes": kib,
+        "answer: peak bytes": kib,
+    }
+    text = (
+        "Answers that grow the cache. Truncated: ended by the token limit, not by the model. Repetition: share of "
+        "4-grams that occurred before. A damaged model rambles: cheap per step, dear per answer. In brackets 95 % "
+        "intervals."
+    )
+    head = ("Score, %", "If finished, %", "Truncated, %", "Tokens", "Repetition, %", "Mean KiB", "Peak KiB")
+    return _table("Long answers", text, head, stacks, [_cells(found, s, form) for s in stacks])
+
+
+def _bytes_over_time(stacks: Sequence[Stack]) -> Table:
+    traces: dict[int, dict[int, list[float]]] = {}
+    for stack in stacks:
+        seen: dict[int, list[float]] = defaultdict(list)
+        for cell in stack.cells:
+            every = (cell.config.task.model_extra or {}).get("trace")
+            for sample in cell.samples:
+                trace = (sample.details or {}).get("kv_bytes_trace")
+                if isinstance(every, int) and isinstance(trace, list):
+                    for k, held in enumerate(trace):
+                        seen[k * every].append(held)
+        if seen:
+            traces[stack.index] = seen
+    steps = sorted({step for of in traces.values() for step in of})
+    shown = [s for i, s in enumerate(steps) if i == 0 or i & (i - 1) == 0]  # the first, then at doubling distances
+    cells = [
+        tuple(f"{np.mean(own[n]) / 1024:,.1f}" if n in own else "–" for n in shown)
+        if (own := traces.get(s.index))
+        else None
+        for s in stacks
+    ]
+    text = "Mean KiB held after so many generated tokens, over the answers that are that long."
+    return _table("Bytes over the answer", text, [tokens(n) for n in shown], stacks, cells)
+
+
+def _fidelity(stacks: Sequence[Stack], material: Material, options: Options) -> Table:
+    divergence = _detail("kl")
+
+    def bin_at(k: int) -> Value:
+        return lambda s: bins[k] if (bins := (s.details or {}).get("kl_bins")) else None
+
+    values: dict[str, Value] = {
+        "fidelity: top-1": lambda s: s.score if divergence(s) is not None else None,
+        "fidelity: KL": divergence,
+        "fidelity: KL, first token": bin_at(0),
+        "fidelity: KL, last tokens": bin_at(-1),
+        "fidelity: NLL difference": _detail("nll_difference"),
+    }
+    found = _measure(material, values, options)
+    form: dict[str, Callable[[Interval], str]] = {"fidelity: top-1": _in_percent}
+    form |= {n: (lambda i: f"{number(i.estimate, 4)} ({span(i, 4, 1)})") for n in list(values)[1:]}
+    text = (
+        "Against the full cache's next-token distributions on the same text, without labels: how often the same token "
+        "is likeliest, and the divergence KL(full || stack) in nats, overall, at the first scored token and in the "
+        "last bin of positions; NLL difference in nats per token. In brackets 95 % intervals."
+    )
+    head = ("Top-1, %", "KL", "KL, first token", "KL, last tokens", "Δ NLL")
+    return _table("Fidelity to the full cache", text, head, stacks, [_cells(found, s, form) for s in stacks])
+
+
+def _seeds(stacks: Sequence[Stack], numbers: Numbers) -> Table:
+    means = stats.seed_means(numbers.paired.select(tasks=numbers.drawn.ranked))
+    cells = [
+        (*(percent(float(m[s.index])) for m in means.values()), percent(s.seed_sd))
+        if means and not math.isnan(s.seed_sd)
+        else None
+        for s in stacks
+    ]
+    text = (
+        "Mean score in percent per data seed, which draws other prompts, and its standard deviation in points. Seeds "
+        "are strata of the bootstrap: the intervals above are about these seeds' pool of prompts."
+    )
+    return _table("Between data seeds", text, [*(f"Seed {s}" for s in means), "SD"], stacks, cells)

@@ -1,0 +1,235 @@
+"""Where the rows of a benchmark come from: a local file, the Hub, or whichever is there.
+
+One rule for all benchmarks. Files are looked for in `$KVBENCH_DATA/<benchmark>/`, and in `./data/<benchmark>/` without
+that variable; a task's `path` names another folder, a zip archive, or the file itself. `source` is
+
+    auto    the file where there is one, else the Hub (or the address), else an error that names both
+    file    the file, no network
+    hub     the Hub (or the address), whatever lies in the folder
+
+jsonl, json, parquet and text (.txt) are read, plain or inside a zip archive; a folder stands for the .txt files in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from hashlib import file_digest, sha256
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+SOURCES = ("auto", "file", "hub")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class SourceError(ValueError):
+    """The rows cannot be had; the message is one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set on the Hugging Face Hub.
+
+    file: read this file of the repository ("data.zip/data/x.jsonl": a member of an archive) instead of a split
+    """
+
+    repo: str
+    config: str | None = None
+    split: str = "test"
+    revision: str | None = None
+    file: str | None = None
+
+    def __str__(self) -> str:
+        page = f"https://huggingface.co/datasets/{self.repo}"
+        if self.file is None:
+            return page
+        return f"{page}/resolve/{self.revision or 'main'}/{_archive(self.file)[0]}"
+
+    def rows(self, _to: Path) -> list[dict[str, Any]]:
+        if self.file is None:
+            from datasets import load_dataset
+
+            return [dict(row) for row in load_dataset(self.repo, self.config, split=self.split, revision=self.revision)]
+        from huggingface_hub import hf_hub_download
+
+        outer, member = _archive(self.file)
+        local = hf_hub_download(self.repo, outer, repo_type="dataset", revision=self.revision)
+        return read(zipfile.Path(local) / member if member else Path(local))
+
+
+@dataclass(frozen=True)
+class Url:
+    """A file on the web; it is stored where it will be found as a local file next time."""
+
+    address: str
+
+    def __str__(self) -> str:
+        return self.address
+
+    def rows(self, to: Path) -> list[dict[str, Any]]:
+        from urllib.request import urlopen
+
+        with urlopen(self.address, timeout=60) as answer:
+            content = answer.read()
+        to.parent.mkdir(parents=True, exist_ok=True)
+        partial = to.with_name(f"{to.name}.{os.getpid()}.part")
+        partial.write_bytes(content)
+        partial.replace(to)
+        return read(to)
+
+
+class Read(NamedTuple):
+    """Where `load` has looked, so that it can be asked later whether it would find the same."""
+
+    folder: str
+    names: Sequence[str]
+    source: str
+
+    def identity(self) -> str:
+        """A hash of the file that is read, or of the .txt files; "hub" where none is."""
+        found = None if self.source == "hub" else _find(Path(self.folder), self.names)
+        if found is None:
+            return "hub"
+        if found.is_dir() and isinstance(found, Path):
+            return _digest(*_texts(found))
+        return _digest(Path(str(found.root.filename)) if isinstance(found, zipfile.Path) else found)
+
+
+_notes: ContextVar[list[Read] | None] = ContextVar("notes", default=None)
+
+
+@contextmanager
+def noted() -> Iterator[list[Read]]:
+    """Notes what `load` reads inside."""
+    notes: list[Read] = []
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
+
+
+def remembered(read_rows: Callable[P, T]) -> Callable[P, T]:
+    """`functools.cache` for a function that calls `load`: what it reads is noted at every call."""
+    kept: dict[Any, tuple[T, list[Read]]] = {}
+
+    @wraps(read_rows)
+    def call(*arguments: P.args, **named: P.kwargs) -> T:
+        key = arguments, tuple(sorted(named.items()))
+        if key not in kept:
+            with noted() as reads:
+                kept[key] = read_rows(*arguments, **named), reads
+        result, reads = kept[key]
+        if (notes := _notes.get()) is not None:
+            notes.extend(reads)
+        return result
+
+    return call
+
+
+def _digest(*files: Any) -> str:
+    total = sha256()
+    for file in files:
+        with file.open("rb") as content:
+            total.update(f"{file.name}:{file_digest(content, 'sha256').hexdigest()};".encode())
+    return total.hexdigest()
+
+
+def data_folder() -> Path:
+    return Path(os.environ.get("KVBENCH_DATA") or "data")
+
+
+def load(
+    benchmark: str,
+    names: Sequence[str],
+    remote: Hub | Url,
+    *,
+    source: str = "auto",
+    path: str | os.PathLike[str] | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of `benchmark`, by the rule above; those of a text file are one {"name": …, "text": …} per file.
+
+    names: accepted file names in the benchmark's folder, the best first: "test.jsonl", "data.zip/data/x.jsonl", or "."
+        for the folder's .txt files. A json file that holds one object is one row.
+    """
+    if source not in SOURCES:
+        raise SourceError(f"source={source!r} is not one of {', '.join(SOURCES)}")
+    folder = Path(path) if path is not None else data_folder() / benchmark
+    found = None if source == "hub" else _find(folder, names)
+    if (notes := _notes.get()) is not None:
+        notes.append(Read(str(folder), tuple(names), source))
+    if found is not None:
+        return read(found)
+    wanted = list(dict.fromkeys("*.txt" if name == "." else _archive(name)[0] for name in names))
+    nothing = f"{benchmark}: no {' or '.join(wanted)} in {folder}"
+    if path is not None and source != "hub":
+        raise SourceError(f"{nothing}, nor is path={folder} the file itself")
+    served = str(remote).rpartition("/")[2]
+    advice = f"store {remote} as {folder}/{served if served in wanted else wanted[0]}, or set KVBENCH_DATA or task.path"
+    if source == "file":
+        raise SourceError(f"{nothing}; {advice}, or use source=auto")
+    try:
+        return remote.rows(data_folder() / benchmark / wanted[0])
+    except ImportError as error:
+        raise SourceError(f"{nothing}, and {error}: pip install 'kvbench[bench]', or {advice}") from error
+    except Exception as error:  # the clients of the Hub raise errors of many kinds; all mean that there are no rows
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SourceError(f"{nothing}, and {remote} failed: {reason.rstrip('.')}; {advice}") from error
+
+
+def read(found: Path | zipfile.Path) -> list[dict[str, Any]]:
+    """The rows of one file, or of the .txt files of a folder in the order of their names."""
+    if found.is_dir():
+        return [row for part in _texts(found) for row in read(part)]
+    kind = PurePosixPath(found.name).suffix
+    if kind == ".parquet":
+        from pyarrow.parquet import read_table  # type: ignore[import-untyped]
+
+        with found.open("rb") as file:
+            return read_table(file).to_pylist()
+    if kind not in (".jsonl", ".json", ".txt"):
+        raise SourceError(f"{found}: cannot read {kind or 'a file without a suffix'}; use jsonl, json, parquet or txt")
+    text = found.read_text(encoding="utf-8")
+    if kind == ".txt":
+        return [{"name": found.name, "text": text}]
+    try:
+        if kind == ".jsonl":
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        content = json.loads(text)
+    except ValueError as error:
+        raise SourceError(f"{found}: not {kind[1:]}: {error}") from error
+    return content if isinstance(content, list) else [content]
+
+
+def _find(folder: Path, names: Sequence[str]) -> Path | zipfile.Path | None:
+    """The first of `names` in a folder or zip archive, or `folder` itself where it is a plain file."""
+    if folder.is_file() and folder.suffix != ".zip":
+        return folder
+    for name in names:
+        outer, member = _archive(name)
+        inside = folder if folder.is_file() else folder / outer if member else None
+        if inside is not None and not inside.is_file():
+            continue
+        root: Path | zipfile.Path = folder if inside is None else zipfile.Path(inside)
+        found = root if name == "." else root / (member or name)
+        if found.is_file() or (found.is_dir() and _texts(found)):
+            return found
+    return None
+
+
+def _texts(folder: Path | zipfile.Path) -> list[Path | zipfile.Path]:
+    parts: list[Path | zipfile.Path] = list(folder.iterdir())
+    return sorted((part for part in parts if part.name.endswith(".txt")), key=lambda part: part.name)
+
+
+def _archive(name: str) -> tuple[str, str]:
+    """("data.zip", "data/x.jsonl") of "data.zip/data/x.jsonl"; the second is empty where no archive is named."""
+    outer, zipped, member = name.partition(".zip/")
+    return (outer + ".zip", member) if zipped else (name, "")

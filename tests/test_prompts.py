@@ -1,0 +1,207 @@
+"""Prepared prompts: the same from disk as built, built again when anything they depend on changes, and chat frames."""
+
+import copy
+import json
+import logging
+from dataclasses import dataclass, replace
+from importlib.resources import files
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from kvbench import prompts
+from kvbench.prompts import Prompt, cache_folder, needle_tokens, prepare
+from kvbench.tasks import Niah, Ppl, Recall, Sample, Turn, source
+from kvbench.tasks.chat import between_turns, wants_chat
+from kvbench.tasks.sample import bos, encode
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}[end]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    return copy.deepcopy(tiny[1])
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Counts how often samples are really made."""
+    calls = []
+    for task in (Niah, Recall, Ppl):
+        real = task.samples
+        monkeypatch.setattr(task, "samples", lambda self, t, real=real: calls.append(self) or real(self, t))
+    return calls
+
+
+def test_prompts_from_disk_are_those_that_were_built(tokenizer, tmp_path, built):
+    for task in (Niah(lengths=(300,), repeats=1), Recall(length=300, needles=2, count=2), Ppl(60, 20, count=2)):
+        for query_aware in (False, True):
+            plain = prepare(task, tokenizer, query_aware, None)
+            assert prepare(task, tokenizer, query_aware, None, tmp_path) == plain
+            assert prepare(task, tokenizer, query_aware, None, tmp_path) == plain
+    assert len(built) == 3 * (2 + 1), "once per task, besides the plain calls: both modes share a file"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_whatever_prompts_depend_on_makes_another_file(tokenizer, tmp_path, built, monkeypatch):
+    task = Recall(length=300, needles=2, count=2)
+    prepare(task, tokenizer, False, None, tmp_path)
+    prepare(replace(task, seed=1), tokenizer, False, None, tmp_path)
+    tokenizer.chat_template = TEMPLATE
+    prepare(task, tokenizer, False, None, tmp_path)
+    tokenizer.add_tokens(["question"])
+    prepare(task, tokenizer, False, None, tmp_path)
+    monkeypatch.setattr(prompts, "_code", lambda: "another version")
+    prepare(task, tokenizer, False, None, tmp_path)
+    assert len(built) == len(list(tmp_path.iterdir())) == 5
+    prepare(task, tokenizer, False, None, tmp_path)
+    assert len(built) == 5
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK", None])
+def test_a_damaged_file_is_built_again(tokenizer, tmp_path, built, damage):
+    task = Recall(length=300, needles=2, count=1)
+    first = prepare(task, tokenizer, False, None, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-40] if damage is None else damage)
+    assert prepare(task, tokenizer, False, None, tmp_path) == first and len(built) == 2
+    assert prepare(task, tokenizer, False, None, tmp_path) == first and len(built) == 2
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+
+
+def test_files_hold_no_pickles(tokenizer, tmp_path):
+    prepare(Recall(length=300, needles=2, count=1), tokenizer, False, None, tmp_path)
+    with np.load(next(tmp_path.iterdir()), allow_pickle=False) as file:
+        assert all(file[name].dtype.kind in "iu" for name in file.files)
+        json.loads(file["notes"].tobytes())
+
+
+def test_an_unwritable_folder_only_costs_time(tokenizer, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING, "kvbench"):
+        assert prepare(Recall(length=300, needles=2, count=1), tokenizer, False, None, tmp_path / "file")
+    assert "prompts are not kept" in caplog.text
+
+
+@dataclass(frozen=True)
+class FromFile:
+    """A task of kvbench, as far as its module tells, with rows of a file."""
+
+    folder: str
+    name: str = "rows"
+    kind = "generate"
+    __module__ = "kvbench.tasks.of_this_test"
+
+    def samples(self, tokenizer):
+        rows = source.load("rows", ["rows.jsonl"], source.Hub("nobody/rows"), source="file", path=self.folder)
+        turns = (Turn(" and ?", " so", ("y",), 3),)
+        return [
+            Sample(f"r{i}", "rows", row["text"], " q", "", ("x",), 2, turns=turns, meta={"span": (1, 2)})
+            for i, row in enumerate(rows)
+        ]
+
+    def score(self, sample, prediction):
+        return 0.0
+
+
+def test_rows_that_change_are_read_again(tokenizer, tmp_path):
+    data, kept = tmp_path / "data", tmp_path / "kept"
+    data.mkdir()
+    (data / "rows.jsonl").write_text('{"text": "one"}\n')
+
+    def contexts():
+        return [p.sample.context for p in prepare(FromFile(str(data)), tokenizer, False, None, kept)]
+
+    assert contexts() == contexts() == ["one"]
+    (data / "rows.jsonl").write_text('{"text": "two"}\n')
+    assert contexts() == contexts() == ["two"]
+    (prompt,) = prepare(FromFile(str(data)), tokenizer, False, None, kept)
+    assert prompt.sample.turns == (Turn(" and ?", " so", ("y",), 3),) and prompt.sample.meta == {"span": [1, 2]}
+    assert prompt.turns == (encode(tokenizer, " and ? so"),)
+
+
+def test_tasks_from_elsewhere_are_not_kept(tokenizer, tmp_path):
+    class Own(FromFile):
+        __module__ = "somebody.else"
+
+        def samples(self, tokenizer):
+            return [Sample("s", "own", "context", "query", "", ("x",), 1)]
+
+    assert prepare(Own(""), tokenizer, False, None, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_is_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("KVBENCH_CACHE")
+    monkeypatch.setattr(prompts.sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert str(cache_folder()) == "/elsewhere/kvbench"
+    monkeypatch.setattr(prompts.sys, "platform", "darwin")
+    assert cache_folder().parts[-3:] == ("Library", "Caches", "kvbench")
+
+
+def test_needle_tokens_are_those_of_the_needle(tokenizer):
+    words = AutoTokenizer.from_pretrained(files("kvbench") / "assets" / "proving")
+    tokenizer.chat_template = TEMPLATE
+    task = Niah(lengths=(400,), depths=(0, 50, 100), repeats=1)
+    for used, chat in ((words, False), (tokenizer, False), (tokenizer, True)):
+        for sample in task.samples(used):
+            sample = replace(sample, chat=chat)
+            context = sample.segments(used)[0]
+            ((begin, end),) = needle_tokens(sample, used, len(context))
+            assert used.decode(context[begin:end]).strip() == sample.meta["needle"]
+    (prompt, *_) = prepare(task, words, False, None)
+    assert isinstance(prompt, Prompt) and words.decode(prompt.prefix[slice(*prompt.needle[0])]).startswith(
+        "note : code"
+    )
+
+
+# -- chat ------------------------------------------------------------------------------------------------------------
+
+ASKED = Sample("s", "chat", " The context. ", " A question? ", "Answer:", ("x",), 3, chat=True)
+
+
+def test_chat_frames_the_message_and_begins_the_reply(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    context, query, prefix = ASKED.segments(tokenizer)
+    assert tokenizer.decode(context) == "<s>[user] The context. ", "the template cannot trim the message"
+    assert tokenizer.decode(query) == " A question? [end][assistant]"
+    assert tokenizer.decode(prefix) == "Answer:"
+    assert [*context, *query, *prefix].count(tokenizer.bos_token_id) == 1
+    tokenizer.chat_template = TEMPLATE.removeprefix("{{ bos_token }}")
+    assert ASKED.segments(tokenizer) == (context, query, prefix), "a template without BOS gets one"
+    assert bos(tokenizer) + encode(tokenizer, ASKED.prompt) == sum(replace(ASKED, chat=False).segments(tokenizer), [])
+
+
+def test_further_turns_begin_a_new_message(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    turn = Turn(" And? ", "Again:", ("y",), 3)
+    query, prefix = ASKED.turn_segments(tokenizer, turn)
+    assert tokenizer.decode(query) == "[end][user] And? [end][assistant]" and tokenizer.decode(prefix) == "Again:"
+    assert between_turns(tokenizer) == "[end][user]"
+    query, _ = replace(ASKED, chat=False).turn_segments(tokenizer, turn)
+    assert tokenizer.decode(query) == " And? "
+
+
+def test_prompts_do_not_change_with_the_date(tokenizer):
+    tokenizer.chat_template = "{{ strftime_now('%d %B %Y|%Y-%m-%d') }}|{{ date_string }}|" + TEMPLATE
+    assert tokenizer.decode(ASKED.segments(tokenizer)[0]).startswith("<s>26 July 2024|2024-07-26|26 Jul 2024|")
+
+
+def test_tokenizers_without_a_template(tokenizer):
+    with pytest.raises(ValueError, match=r"has no chat template: use chat=never, or an instruction-tuned model$"):
+        ASKED.segments(tokenizer)
+    assert [wants_chat(mode, tokenizer) for mode in ("auto", "always", "never")] == [False, True, False]
+    tokenizer.chat_template = TEMPLATE
+    assert [wants_chat(mode, tokenizer) for mode in ("auto", "always", "never")] == [True, True, False]
+    with pytest.raises(ValueError, match="chat='yes' is not one of auto, always, never"):
+        wants_chat("yes", tokenizer)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{{ messages[0]['content'] }}"
+    with pytest.raises(ValueError, match="does not print the user's message once"):
+        ASKED.segments(tokenizer)
