@@ -202,7 +202,7 @@ class _Prefill:
             for start in range(0, self.ids.shape[1], self.chunk):
                 part = slice(start, start + self.chunk)
                 forward(self.model, record, self.ids[:, part], self.mask[:, : part.stop], logits=1)
-        if self.query_aware or self.task.kind == "nll":  # what is held back begins with the prompt's own last token
+        if self.query_aware or self.batch[0].target:  # what is held back begins with the prompt's own last token
             record.next_token = torch.tensor([p.held_back[0] for p in self.batch], device=self.ids.device)
         self.seconds = _now(self.model) - started
         return record

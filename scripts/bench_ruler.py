@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with essays and questions")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--count", type=int, default=20, help="samples per task")
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--singles", type=int, default=26, help="cells timed one by one")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -54,8 +55,8 @@ def main() -> None:
     model, tokenizer = load_model("proving", "proving", options.dtype)
     path = None if options.data is None else str(options.data)
     tasks = [fitting(tokenizer, name, options.length, options.count, path) for name in options.tasks]
-    row = measure(model, tokenizer, tasks, options.singles) | {
-        "length": options.length, "samples": options.count, "dtype": options.dtype,
+    row = measure(model, tokenizer, tasks, options.singles, options.batch_size) | {
+        "length": options.length, "samples": options.count, "batch_size": options.batch_size, "dtype": options.dtype,
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": options.threads, "torch": torch.__version__, "transformers": version("transformers"),
         "kvbench": version("kvbench"), "commit": commit(),
@@ -81,16 +82,17 @@ def fitting(tokenizer: Any, name: str, length: int, count: int, path: str | None
     return replace(one, count=count)
 
 
-def measure(model: Any, tokenizer: Any, tasks: list[Ruler], singles: int) -> dict[str, object]:
+def measure(model: Any, tokenizer: Any, tasks: list[Ruler], singles: int, batch_size: int) -> dict[str, object]:
     chosen = stacks()
     limit = context_limit(model)
-    # Cells of the second arm: evenly spaced, in steps that share no factor with the stacks, so that all kinds come up.
     cells = [(task, stack) for task in tasks for stack in chosen]
-    timed = [cells[i * len(cells) // singles] for i in range(min(singles, len(cells)))]
+    # The second arm's cells: as many of each task, and from task to task other stacks.
+    timed = [(tasks[i % len(tasks)], chosen[(5 * i) % len(chosen)]) for i in range(min(singles, len(cells)))]
 
     def alone(task: Ruler, stack: Policy) -> float:
         started = time.perf_counter()
-        run_stacks(model, tokenizer, task, [stack], prompts=prepare(task, tokenizer, True, limit), query_aware=True)
+        prompts = prepare(task, tokenizer, True, limit)
+        run_stacks(model, tokenizer, task, [stack], prompts=prompts, query_aware=True, batch_size=batch_size)
         return time.perf_counter() - started
 
     alone(tasks[0], chosen[0])  # warm-up
@@ -100,7 +102,7 @@ def measure(model: Any, tokenizer: Any, tasks: list[Ruler], singles: int) -> dic
             single += [
                 alone(task, stack) for of, stack in timed if of is task
             ]  # interleaved: a slow machine slows both
-            rows.append(together(model, tokenizer, task, chosen, limit, Path(folder)))
+            rows.append(together(model, tokenizer, task, chosen, limit, batch_size, Path(folder)))
     total = sum(row["seconds"] for row in rows)
     parts = {part: round(sum(row[part] for row in rows), 2) for part in rows[0] if part not in ("task", "length")}
     return {
@@ -112,14 +114,14 @@ def measure(model: Any, tokenizer: Any, tasks: list[Ruler], singles: int) -> dic
 
 
 def together(
-    model: Any, tokenizer: Any, task: Ruler, chosen: list[Policy], limit: int | None, folder: Path
+    model: Any, tokenizer: Any, task: Ruler, chosen: list[Policy], limit: int | None, batch_size: int, folder: Path
 ) -> dict[str, Any]:
     """All stacks on one task, and where the seconds go."""
     started = time.perf_counter()
     prompts = prepare(task, tokenizer, True, limit, folder)
     built = time.perf_counter() - started
     with scoring_seconds() as scoring:
-        runs = run_stacks(model, tokenizer, task, chosen, prompts=prompts, query_aware=True)
+        runs = run_stacks(model, tokenizer, task, chosen, prompts=prompts, query_aware=True, batch_size=batch_size)
     seconds = time.perf_counter() - started
     again = time.perf_counter()
     prepare(task, tokenizer, True, limit, folder)

@@ -160,9 +160,7 @@ def test_windows_of_documents(tiny, tmp_path):
 def test_corpora_that_are_not_there_say_what_to_do(tiny, tmp_path, monkeypatch):
     _, tokenizer = tiny
     monkeypatch.setenv("KVBENCH_DATA", os.fspath(tmp_path))
-    with pytest.raises(
-        ValueError, match="pg19: no .*test.jsonl.*download https://huggingface.co/datasets/emozilla/pg19"
-    ):
+    with pytest.raises(ValueError, match="pg19: no .*test.jsonl.*https://huggingface.co/datasets/emozilla/pg19"):
         Ppl(corpus="pg19").samples(tokenizer)
     with pytest.raises(ValueError, match="corpus='c4' is not one of generated, texts, pg19"):
         Ppl(corpus="c4")

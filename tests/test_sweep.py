@@ -7,6 +7,7 @@ import types
 from importlib.resources import files
 
 import pytest
+from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -135,6 +136,31 @@ def test_wandb_gets_a_row_per_cell_when_asked(kvbench, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     code, output = kvbench("evict=keydiff", "budget=32", "wandb.mode=offline", "out=logged", *SMALL)
     assert code and "pip install 'kvbench[wandb]'" in output
+
+
+def test_a_task_that_cannot_be_had_is_skipped(kvbench, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    sizes = [f"+sizes.Niah={{path:{tmp_path / 'nothing'}}}", "+sizes.Recall={length:320,needles:2,count:2}"]
+    code, output = kvbench("-m", "task=niah_grid,recall", *sizes, "noise_floor=false", "out=partly")
+    assert code
+    assert re.search(r"1 tasks were skipped:\n  niah_grid: niah: path=\S+ is not a file", output), output
+    assert "Traceback" not in output
+    cells, _ = read_cells(tmp_path / "partly")
+    assert [(c.config.task.name, len(c.samples)) for c in cells] == [("recall", 2)]
+
+
+@pytest.mark.parametrize("preset", ["smoke", "dev", "paper"])
+def test_presets_name_tasks_and_fields_that_exist(preset):
+    config = OmegaConf.create(files("kvbench.conf.preset").joinpath(f"{preset}.yaml").read_text())
+    used = set()
+    for name in config.hydra.sweeper.params.task.replace(" ", "").split(","):
+        with initialize_config_module("kvbench.conf", version_base="1.3"):
+            task = compose("config", [f"task={name}", f"preset={preset}"]).task
+        kind = task._target_.rpartition(".")[2]
+        sizes = {k: v for k, v in config.sizes.get(kind, {}).items() if v != "${ruler_length}"}
+        assert instantiate(task, **sizes) is not None
+        used.add(kind)
+    assert set(config.sizes) <= used
 
 
 def test_single_run(kvbench, tmp_path):

@@ -203,8 +203,8 @@ class Recite:
     it from the prompt or from the rounds that the model has written itself. Each word but the first that is written
     needs what stood `period` tokens earlier, so it favours policies that keep the last `period` tokens: choose budgets
     below that.
-    Score: share of the words before the first wrong one. Details: `right`, share of right words, place by place. With two
-    rounds and more, half and more of the 4-grams repeat in a right answer.
+    Score: share of the words before the first wrong one. Details: `right`, share of right words, place by place. With
+    two rounds and more, half and more of the 4-grams repeat in a right answer.
     """
 
     kind: ClassVar[str] = "generate"
