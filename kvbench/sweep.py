@@ -104,9 +104,9 @@ def run_jobs(configs: Sequence[DictConfig]) -> None:
         plans: dict[str, Plan] = {}
         asked = []
         for config in configs:
-            cells = plan_cells(config)
-            asked.append(cells[0].id)
-            for plan in cells:
+            needed = plan_cells(config)
+            asked.append(needed[0].id)
+            for plan in needed:
                 plans.setdefault(plan.id, plan)
         groups: dict[str, list[Plan]] = {}
         for plan in plans.values():
@@ -117,15 +117,15 @@ def run_jobs(configs: Sequence[DictConfig]) -> None:
             print(f"{ready} of {len(plans)} cells are already there")
         skipped: dict[str, str] = {}
         if groups:
-            cells, skipped = _run_groups(list(groups.values()))
-            if skipped and not cells:
+            new, skipped = _run_groups(list(groups.values()))
+            if skipped and not new:
                 raise UserError(next(iter(skipped.values())))
-            _summarize(cells, set(asked))
+            _summarize(new, set(asked))
         for folder in sorted({str(p.out) for p in plans.values()}):
             print(f"next: kvbench leaderboard {folder}")
         if skipped:
             reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
-            raise UserError(f"{len(skipped)} tasks were skipped:{reasons}")
+            raise UserError(f"tasks skipped: {len(skipped)}{reasons}")
 
 
 def plan_cells(config: DictConfig) -> list[Plan]:

@@ -205,14 +205,18 @@ class TwoClasses(Packed):
         source = self._row + torch.where(self.rows["important"], 0, self.high.counts.total)
         return torch.cat([self.high.dense_rows(), self.low.dense_rows()]).index_select(0, source)
 
-    def columns(self, start: int, stop: int) -> Tensor:
+    def _cut(self, start: int, stop: int) -> tuple[Packed, int]:
         column = torch.arange(start, stop, device=self.counts.device)
-        return self.some(self.counts.starts().view(*self.counts.shape, 1) + column)
+        return self._exactly(self.counts.starts()[:, None] + column, stop - start), 0
 
     def some(self, flat: Tensor) -> Tensor:
-        part = self.pick(flat.flatten(), Counts(self.counts.shape, self.counts.device, flat[0, 0].numel()))
+        return self._exactly(flat, flat[0, 0].numel()).dense_rows().view(*flat.shape, -1)
+
+    def _exactly(self, flat: Tensor, each: int) -> TwoClasses:
+        """The rows `flat` (flat indices, `each` of every list), to be read as float32."""
+        part = self.pick(flat.flatten(), Counts(self.counts.shape, self.counts.device, each))
         high, low = (replace(body, dtype=torch.float32) for body in (part.high, part.low))
-        return replace(part, high=high, low=low).dense_rows().view(*flat.shape, -1)
+        return replace(part, high=high, low=low, dtype=torch.float32)
 
     def extend(self, other: Packed) -> TwoClasses:
         assert isinstance(other, TwoClasses)

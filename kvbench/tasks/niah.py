@@ -12,7 +12,7 @@ After Kamradt 2023, https://github.com/gkamradt/LLMTest_NeedleInAHaystack (origi
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from typing import TYPE_CHECKING, ClassVar
@@ -141,7 +141,7 @@ class Niah:
             by_sentence=self.haystack == "generated",
         )
 
-    def _essays(self, rng: random.Random, length: int, tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
+    def _essays(self, rng: random.Random, length: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Sentences from a random one on, again from the first where they end: at least `length` tokens."""
         sentences = _sentences(self.source, self.path)
         at = rng.randrange(len(sentences))

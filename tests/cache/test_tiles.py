@@ -25,11 +25,12 @@ STACKS = [
 
 @pytest.mark.parametrize("policy", STACKS, ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt-oss"])
+@pytest.mark.parametrize("shorter", [45, 70], ids=["ragged", "even"])
 def test_tiles_give_what_a_decoded_layer_gives(
-    policy: Policy, family: str, tiny: Callable, do: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, family: str, shorter: int, tiny: Callable, do: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(family)
-    ids, mask = do.left_padded(70, 45)
+    ids, mask = do.left_padded(70, shorter)
 
     def logits(slots: int, few: int) -> torch.Tensor:
         monkeypatch.setattr(host, "tile_of", lambda kv: slots)
