@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from kvbench.kernels.attention import column_sums
+from kvbench.kernels.scores import column_sums
 from kvbench.policies.interface import KV, Evictor, Moments, Policy, Selector, Stack, Step
 
 

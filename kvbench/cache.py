@@ -31,8 +31,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from kvbench.kernels.attention import attend, attend_causal, attend_tiles, column_sums
+from kvbench import backend
+from kvbench.kernels.attention import attend, attend_causal, attend_tiles
 from kvbench.kernels.rotation import rotate
+from kvbench.kernels.scores import column_sums
 from kvbench.ledger import Part, full_nbytes, ledger, report
 from kvbench.policies.full import Full
 from kvbench.policies.interface import KV, Moments, Policy, Probe, Repeat, Selection, Selector, Stack, Step
@@ -195,6 +197,12 @@ class PolicyLayer(CacheLayerMixin):
             if shift is not None and frequency is not None:
                 keys = rotate(keys, shift, frequency)
             return attend(query, keys, values, position, kv.position, **options), None
+        unless = None if shift is None else "keys are turned to positions within the cache"
+        unless = unless if selection is None else "a selector narrows what is read"
+        sums = "attention" in self._cache.needs
+        done = backend.attend(kv, query, position, sums=sums, valid=valid, unless=unless, **self.geometry)
+        if done is not None:
+            return done
 
         def turned(query: Tensor, start: int, stop: int) -> Tensor:
             assert shift is not None and frequency is not None

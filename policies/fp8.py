@@ -13,21 +13,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.kernels.packing import (
-    E4M3_MAX,
-    E5M2_MAX,
-    cast,
-    decode_e4m3,
-    decode_e5m2,
-    divide,
-    encode_e4m3,
-    encode_e5m2,
-)
+from kvbench.kernels.decode import Coded, Format
+from kvbench.kernels.pack import float8, float8_per_token
+from kvbench.kernels.packing import cast, decode_e4m3, decode_e5m2, encode_e4m3, encode_e5m2
 from kvbench.policies.checkpoint import Biased, calibration
 from kvbench.policies.interface import KV, Quantizer, Step
 from kvbench.policies.store import Codec, Packed, Where
 
-_FORMATS = {"e4m3": (E4M3_MAX, encode_e4m3, decode_e4m3), "e5m2": (E5M2_MAX, encode_e5m2, decode_e5m2)}
+_FORMATS = {"e4m3": (encode_e4m3, decode_e4m3), "e5m2": (encode_e5m2, decode_e5m2)}
 
 
 @dataclass(frozen=True)
@@ -117,7 +110,7 @@ class FP8(Quantizer):
 
     def saturated(self, kv: KV) -> tuple[int, int]:
         """How many packed elements of `kv` (keys, values) have the largest code: all that saturated, and any equal."""
-        largest = int(_FORMATS[self.format][1](torch.tensor(torch.inf)))
+        largest = int(_FORMATS[self.format][0](torch.tensor(torch.inf)))
         codes = [torch.empty(0) if held.body is None else held.body.rows["codes"] for held in (kv.keys, kv.values)]
         keys, values = (int(((side.int() & 127) == largest).sum()) for side in codes)
         return keys, values
@@ -133,17 +126,14 @@ class Float8:
     first: ClassVar[None] = None
 
     def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        largest, encode, _ = _FORMATS[self.format]
-        x = x.float()
         if self.scale is None:
-            scale = divide(x.abs().amax(1, keepdim=True), largest)
-            return {"codes": encode(x / scale.masked_fill(scale == 0, torch.inf)), "scale": scale}, {}
-        if isinstance(self.scale, tuple):
-            return {"codes": encode(x / self._per_head(where))}, {}
-        return {"codes": encode(divide(x, self.scale))}, {}
+            codes, scale = float8_per_token(x, self.format)
+            return {"codes": codes, "scale": scale}, {}
+        known = self._per_head(where) if isinstance(self.scale, tuple) else self.scale
+        return {"codes": float8(x, self.format, known)}, {}
 
     def decode(self, packed: Packed) -> Tensor:
-        decode = _FORMATS[self.format][2]
+        decode = _FORMATS[self.format][1]
         if self.scale is None:
             scale: Tensor | float = packed.rows["scale"]
         else:
@@ -155,6 +145,13 @@ class Float8:
 
     def group_nbytes(self, head_dim: int) -> int:
         return 0
+
+    def coded(self, packed: Packed) -> Coded:
+        codes, scale = packed.rows["codes"], packed.rows.get("scale")
+        form = Format(self.format, 8, "none" if scale is None else "token", codes.shape[1])
+        if isinstance(self.scale, tuple):
+            return Coded(form, codes, factor=torch.tensor(self.scale, dtype=torch.float32, device=codes.device))
+        return Coded(form, codes, scale, unit=1.0 if self.scale is None else self.scale)
 
     def _per_head(self, where: Where) -> Tensor:
         """[N, 1] float32: the scale of each row's head."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvbench.kernels.attention import column_sums
+from kvbench.kernels.scores import column_sums
 from kvbench.policies.h2o import check_recent, recent_slots
 from kvbench.policies.h2o_mask import chosen
 from kvbench.policies.interface import KV, Selection, Selector, Step, select

@@ -15,8 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvbench.kernels.decode import Coded, Format
 from kvbench.kernels.fold import mix_per_token, scores_per_token
-from kvbench.kernels.packing import cast, divide, pack_planar, unpack_planar
+from kvbench.kernels.pack import Turn, affine_per_token, symmetric_per_token
+from kvbench.kernels.packing import cast, unpack_planar
 from kvbench.kernels.rotation import hadamard
 from kvbench.policies.interface import Quantizer, Step
 from kvbench.policies.kivi import PerToken
@@ -107,10 +109,11 @@ class Asymmetric:
     first: ClassVar[None] = None
 
     def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        if self.clip < 1:
-            low, high = x.float().aminmax(dim=1, keepdim=True)
-            x = x.float().clamp(self.clip * low, self.clip * high)
-        return PerToken(self.bits, x.shape[1]).encode(x, where)
+        return self.encode_turned(x, where, None)
+
+    def encode_turned(self, x: Tensor, where: Where, turn: Turn | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        codes, scale, zero = affine_per_token(x, self.bits, x.shape[1], self.clip, turn)
+        return {"codes": codes, "scale": scale, "zero": zero}, {}
 
     def decode(self, packed: Packed) -> Tensor:
         return self._format(packed).decode(packed)
@@ -120,6 +123,9 @@ class Asymmetric:
 
     def mix(self, packed: Packed, weights: Tensor) -> Tensor:
         return self._format(packed).mix(packed, weights)
+
+    def coded(self, packed: Packed) -> Coded:
+        return self._format(packed).coded(packed)
 
     def _format(self, packed: Packed) -> PerToken:
         return PerToken(self.bits, packed.rows["codes"].shape[1] * 8 // self.bits)
@@ -145,10 +151,11 @@ class Symmetric:
         return 2 ** (self.bits - 1) - 1
 
     def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        x = x.float()
-        scale = divide(x.abs().amax(1, keepdim=True) * self.clip, self.top)
-        codes = (x / scale.masked_fill(scale == 0, torch.inf)).round_().clamp_(-self.top, self.top).add_(self.top)
-        return {"codes": pack_planar(codes.to(torch.uint8), self.bits), "scale": scale}, {}
+        return self.encode_turned(x, where, None)
+
+    def encode_turned(self, x: Tensor, where: Where, turn: Turn | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        codes, scale = symmetric_per_token(x, self.bits, self.clip, turn)
+        return {"codes": codes, "scale": scale}, {}
 
     def decode(self, packed: Packed) -> Tensor:
         x = unpack_planar(packed.rows["codes"], self.bits).float()
@@ -163,6 +170,10 @@ class Symmetric:
     def _parts(self, packed: Packed, lists: int) -> tuple[Tensor, int, Tensor, Tensor]:
         codes, scale = (packed.rows[k].unflatten(0, (lists, -1)) for k in ("codes", "scale"))
         return codes, self.bits, scale, scale * -self.top
+
+    def coded(self, packed: Packed) -> Coded:
+        codes, scale = packed.rows["codes"], packed.rows["scale"]
+        return Coded(Format("int", self.bits, "token", codes.shape[1] * 8 // self.bits, center=self.top), codes, scale)
 
     def row_nbytes(self, head_dim: int) -> int:
         return head_dim * self.bits // 8 + 4
@@ -191,7 +202,10 @@ class Rotated:
         return self.of.first
 
     def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.of.encode(hadamard(x, self.block, self._signs(x)), where)
+        turn = Turn(self.block, self._signs(x))
+        if hasattr(self.of, "encode_turned"):
+            return self.of.encode_turned(x, where, turn)
+        return self.of.encode(turn(x), where)
 
     def decode(self, packed: Packed) -> Tensor:
         x = self.of.decode(replace(packed, dtype=torch.float32))
@@ -210,6 +224,14 @@ class Rotated:
     def mix(self, packed: Packed, weights: Tensor) -> Tensor:
         out = mix(replace(packed, codec=self.of), weights)
         return hadamard(out, self.block, self._signs(out), inverse=True)
+
+    def coded(self, packed: Packed) -> Coded | None:
+        """None: what it is made of is in no format that kernels read."""
+        inner = self.of.coded(packed) if hasattr(self.of, "coded") else None
+        if inner is None:
+            return None
+        signs = None if self.seed is None else random_signs(self.seed, inner.dim, inner.codes.device)
+        return replace(inner, rotation=(self.block, signs))
 
     def _signs(self, x: Tensor) -> Tensor | None:
         return None if self.seed is None else random_signs(self.seed, x.shape[-1], x.device)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvbench.kernels.scores import key_alignment
 from kvbench.policies.interface import KV, Evictor, Step
-
-_EPS = 1e-8
-"""Least norm, as in torch.nn.functional.cosine_similarity."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,7 @@ class KeyDiff(Evictor):
         return max(1, self.recent + self.sinks)
 
     def score(self, kv: KV, step: Step) -> Tensor:
-        keys = kv.keys.dense().float()
-        unit = keys / keys.norm(dim=-1, keepdim=True).clamp(min=_EPS)
-        live = (kv.position >= 0)[..., None]
-        members = unit if self.anchor == "normalized" else keys
-        mean = (members * live).sum(2, keepdim=True) / live.sum(2, keepdim=True).clamp(min=1)
-        direction = mean / mean.norm(dim=-1, keepdim=True).clamp(min=_EPS)
-        return -(unit * direction).sum(-1)
+        return -key_alignment(kv.keys.dense(), kv.position >= 0, unit=self.anchor == "normalized")
 
     def protected(self, kv: KV, step: Step, slots: Tensor) -> Tensor:
         return (kv.position < self.sinks) | (kv.from_newest <= self.recent)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from kvbench.kernels.decode import Coded, Format
 from kvbench.kernels.fold import mix_per_token, scores_per_channel, scores_per_token
-from kvbench.kernels.packing import cast, divide, pack_planar, unpack_planar
+from kvbench.kernels.pack import affine_per_channel, affine_per_token
+from kvbench.kernels.packing import cast, unpack_planar
 from kvbench.policies.interface import Quantizer, Step
 from kvbench.policies.store import Codec, Packed, Where
 
@@ -86,8 +87,8 @@ class PerChannel:
     first: ClassVar[None] = None
 
     def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        codes, scale, zero = _affine(x.unflatten(0, (x.shape[0] // self.group, self.group)), self.bits, dim=1)
-        return {"codes": pack_planar(codes.flatten(0, 1), self.bits)}, {"scale": scale, "zero": zero}
+        codes, scale, zero = affine_per_channel(x, self.bits, self.group)
+        return {"codes": codes}, {"scale": scale, "zero": zero}
 
     def decode(self, packed: Packed) -> Tensor:
         x = unpack_planar(packed.rows["codes"], self.bits).float()
@@ -107,6 +108,11 @@ class PerChannel:
         scale, zero = (packed.groups[k].view(lists, -1, channels) for k in ("scale", "zero"))
         return scores_per_channel(query, codes, self.bits, scale, zero)
 
+    def coded(self, packed: Packed) -> Coded:
+        form = Format("int", self.bits, "channel", group=self.group)
+        scale, zero = packed.groups["scale"], packed.groups["zero"]
+        return Coded(form, packed.rows["codes"], scale, zero, packed.group_of)
+
     def row_nbytes(self, head_dim: int) -> int:
         return head_dim * self.bits // 8
 
@@ -124,8 +130,7 @@ class PerToken:
     first: ClassVar[None] = None
 
     def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        codes, scale, zero = _affine(x.unflatten(1, (-1, self.group_size)), self.bits, dim=2)
-        return {"codes": pack_planar(codes.flatten(1), self.bits), "scale": scale, "zero": zero}, {}
+        return dict(zip(_PARTS, affine_per_token(x, self.bits, self.group_size), strict=True)), {}
 
     def decode(self, packed: Packed) -> Tensor:
         x = unpack_planar(packed.rows["codes"], self.bits).float()
@@ -143,6 +148,10 @@ class PerToken:
         codes, scale, zero = (x.unflatten(0, (lists, -1)) for x in map(packed.rows.__getitem__, _PARTS))
         return codes, self.bits, scale, zero
 
+    def coded(self, packed: Packed) -> Coded:
+        codes, scale, zero = map(packed.rows.__getitem__, _PARTS)
+        return Coded(Format("int", self.bits, "token", self.group_size), codes, scale, zero)
+
     def row_nbytes(self, head_dim: int) -> int:
         return head_dim * self.bits // 8 + 4 * (head_dim // self.group_size)
 
@@ -151,18 +160,3 @@ class PerToken:
 
 
 _PARTS = ("codes", "scale", "zero")
-
-
-def _affine(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Groups along `dim` -> codes uint8 like x, scale and zero fp16 without `dim`."""
-    x = x.float()
-    top = 2**bits - 1
-    low, high = x.aminmax(dim=dim, keepdim=True)
-    scale, zero = divide(high - low, top).half(), low.half()
-    if not bool((scale.isfinite() & zero.isfinite()).all()):
-        raise ValueError(
-            f"scale and zero point are stored as fp16, at most 65504; keys or values reach {float(x.abs().max()):.6g}"
-        )
-    step = scale.float().masked_fill(scale == 0, torch.inf)  # constant groups: codes 0
-    codes = (x - zero.float()).div_(step).round_().clamp_(0, top).to(torch.uint8)
-    return codes, scale.squeeze(dim), zero.squeeze(dim)

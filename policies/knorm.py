@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvbench.kernels.scores import key_norms
 from kvbench.policies.interface import KV, Evictor, Step
 
 _FLAT = 1e-3
@@ -52,7 +53,7 @@ class KNorm(Evictor):
         return step.order >= self.skip_layers and super().acts(step)
 
     def score(self, kv: KV, step: Step) -> Tensor:
-        norm = kv.keys.dense().float().norm(dim=-1)
+        norm = key_norms(kv.keys.dense())
         if not step.decoding:
             self._warn_if_flat(norm, kv.position >= 0)
         return -norm

@@ -11,26 +11,16 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from kvbench.kernels.packing import (
-    E2M1_MAX,
-    cast,
-    decode_e2m1,
-    decode_e4m3,
-    divide,
-    encode_e2m1,
-    encode_e4m3,
-    pack_interleaved,
-)
+from kvbench.kernels.decode import Coded, Format
+from kvbench.kernels.pack import E2M1_BLOCK as _BLOCK
+from kvbench.kernels.pack import Turn, e2m1_blocks
+from kvbench.kernels.packing import E2M1_MAX, cast, decode_e2m1, decode_e4m3
 from kvbench.policies.checkpoint import Biased, calibration
 from kvbench.policies.int_token import Rotated
 from kvbench.policies.interface import Quantizer, Step
 from kvbench.policies.store import Codec, Packed, Where
-
-_BLOCK = 16
-_SMALLEST_E4M3 = 2.0**-9
 
 
 @dataclass(frozen=True)
@@ -115,12 +105,11 @@ class E2M1Blocks:
     first: ClassVar[None] = None
 
     def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        x = x.float().unflatten(1, (-1, _BLOCK))
-        largest = x.abs().amax(2)
-        scale = encode_e4m3(torch.where(largest > 0, divide(largest, self.tensor_scale).clamp(min=_SMALLEST_E4M3), 1.0))
-        codes = encode_e2m1(x / self._decoded(scale)[..., None])
-        codes = torch.where(largest[..., None] > 0, codes, 0)  # a block of -0 would give codes 8
-        return {"codes": pack_interleaved(codes.flatten(1), 4), "scale": scale}, {}
+        return self.encode_turned(x, where, None)
+
+    def encode_turned(self, x: Tensor, where: Where, turn: Turn | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        codes, scale = e2m1_blocks(x, self.tensor_scale, turn)
+        return {"codes": codes, "scale": scale}, {}
 
     def decode(self, packed: Packed) -> Tensor:
         x = decode_e2m1(packed.rows["codes"])
@@ -132,6 +121,10 @@ class E2M1Blocks:
 
     def group_nbytes(self, head_dim: int) -> int:
         return 0
+
+    def coded(self, packed: Packed) -> Coded:
+        unit = self.tensor_scale / E2M1_MAX
+        return Coded(Format("e2m1", 4, "block", _BLOCK), packed.rows["codes"], packed.rows["scale"], unit=unit)
 
     def _decoded(self, scale: Tensor) -> Tensor:
         return decode_e4m3(scale) * (self.tensor_scale / E2M1_MAX)

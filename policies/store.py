@@ -19,6 +19,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from kvbench.kernels.gather import renumber, take_rows
+
 _log = logging.getLogger("kvbench")
 
 
@@ -367,12 +369,14 @@ class Packed:
         Rows keep their codes and their own group's scale (no decode, no re-encode): a group's scale lives as long as
         one member does, and the rows then carry a group reference, which is counted.
         """
-        rows = {k: v.index_select(0, flat) for k, v in self.rows.items()}
-        at = self.positions()
-        picked = replace(
-            self, counts=counts, rows=rows, at=None if at is None else _implied(at[flat], counts, self.codec)
-        )
-        return picked._refer(self._explicit()[flat]) if self.groups else picked
+        others = [x for x in (self.group_of, self.positions()) if x is not None]
+        moved = take_rows([*self.rows.values(), *others], flat)
+        rows = dict(zip(self.rows, moved, strict=False))
+        at = None if self.codec.first is None else _implied(moved[-1], counts, self.codec)
+        picked = replace(self, counts=counts, rows=rows, at=at)
+        if not self.groups:
+            return picked
+        return picked._refer(flat // self.codec.group if self.group_of is None else moved[len(rows)].long())
 
     def select(self, batch: Tensor) -> Packed:
         """Rows of the batch, in the given order, with repetition."""
@@ -422,10 +426,11 @@ class Packed:
 
     def _refer(self, group_of: Tensor) -> Packed:
         """Rows refer to the groups group_of [N]; those to which none refers are dropped."""
-        used, group_of = group_of.unique(return_inverse=True)
+        used, group_of = renumber(group_of, self._group_total())
         groups = {k: v[used] for k, v in self.groups.items()}
         closed = None if self.closed is None else self.closed[used]
-        return replace(self, groups=groups, group_of=_narrow(group_of), closed=closed)
+        references = None if _in_whole_groups(group_of, self.codec.group) else _narrow(group_of)
+        return replace(self, groups=groups, group_of=references, closed=closed)
 
     def _closed(self) -> Tensor:
         """[groups] bool."""
@@ -444,18 +449,18 @@ class Packed:
             yield "closed", self.closed
 
     def row_nbytes(self) -> Tensor:
-        """[B] int64: bytes of the rows, and of the groups they refer to, of each batch row."""
+        """[B] int64: bytes of the rows, and of the groups they refer to, of each batch row, as if it were alone."""
         slots = self.counts.per_head.sum(1)
-        references = [x for x in (self.group_of, self.at) if x is not None]
-        total = slots * sum(_entry_nbytes(t) for t in (*self.rows.values(), *references))
+        total = slots * sum(_entry_nbytes(t) for t in (*self.rows.values(), *([] if self.at is None else [self.at])))
         if not self.groups:
             return total
         if self.group_of is None:
             used = slots // self.codec.group
         else:
-            used = torch.stack(
-                [part.unique().numel() * slots.new_ones(()) for part in self.group_of.split(slots.tolist())]
-            )
+            parts = self.group_of.split(slots.tolist())
+            used = slots.new_tensor([part.unique().numel() for part in parts])
+            referring = slots.new_tensor([not _in_whole_groups(part, self.codec.group) for part in parts])
+            total += slots * referring * self.group_of.element_size()
         shared = [*self.groups.values(), *([] if self.closed is None else [self.closed])]
         return total + used * sum(_entry_nbytes(t) for t in shared)
 
@@ -471,14 +476,14 @@ class Packed:
 def scores(packed: Packed, query: Tensor) -> Tensor:
     """query [L, M, D] times all rows of the equally long lists: [L, M, n] float32."""
     if hasattr(packed.codec, "scores"):
-        return packed.codec.scores(packed, query)  # type: ignore[no-any-return]
+        return packed.codec.scores(packed, query)
     return query @ packed.dense_rows().view(query.shape[0], -1, query.shape[2]).transpose(1, 2)
 
 
 def mix(packed: Packed, weights: Tensor) -> Tensor:
     """All rows of the equally long lists, weighted by [L, M, n] and summed: [L, M, D] float32."""
     if hasattr(packed.codec, "mix"):
-        return packed.codec.mix(packed, weights)  # type: ignore[no-any-return]
+        return packed.codec.mix(packed, weights)
     rows = packed.dense_rows()
     return weights @ rows.view(weights.shape[0], -1, rows.shape[1])
 
@@ -487,6 +492,13 @@ def _narrow(group_of: Tensor) -> Tensor:
     """The smallest integer type that can name every group: the references are part of the bytes."""
     largest = int(group_of.max()) if group_of.numel() else 0
     return group_of.to(torch.int16 if largest < 2**15 else torch.int32)
+
+
+def _in_whole_groups(group_of: Tensor, size: int) -> bool:
+    """Whether rows [N] stand group after group, `size` of each: then nothing need say which group a row refers to."""
+    if len(group_of) % size:
+        return False
+    return torch.equal(group_of.long(), group_of[:1] + torch.arange(len(group_of), device=group_of.device) // size)
 
 
 def _implied(at: Tensor | None, counts: Counts, codec: Codec) -> Tensor | None:

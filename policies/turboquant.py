@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvbench.kernels.decode import Coded, Format
 from kvbench.kernels.packing import divide, pack_planar, unpack_planar
 from kvbench.policies.int_token import Rotated
 from kvbench.policies.interface import Quantizer, Step
@@ -125,6 +126,16 @@ class LloydMax:
         rows, factor = self._rows(packed)
         weights = weights * factor.view(len(weights), 1, -1)
         return _by_byte(weights @ rows.view(len(weights), -1, rows.shape[1]), self.bits, back=True)
+
+    def coded(self, packed: Packed) -> Coded | None:
+        """None: no kernel reads codes of 3 bits, in two parts."""
+        if self.bits == 3:
+            return None
+        codes = packed.rows["codes"]
+        channels, table = codes.shape[1] * 8 // self.bits, _codebook(self.bits, codes.device)
+        unit = 1.0 if self.norm_correction else channels**-0.5
+        form = Format("lut", self.bits, "token", channels, normalized=self.norm_correction)
+        return Coded(form, codes, packed.rows["norm"], table=table, unit=unit)
 
     def _rows(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """Centroids [N, D], channels `_by_byte`, and what to multiply each row by, [N, 1]."""

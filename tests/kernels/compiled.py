@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
+import inspect
 import os
 import pickle
 import re
@@ -57,15 +58,50 @@ def compiled(
     taken to be aligned to 16 bytes, as PyTorch allocates them. constexprs: the values of the others.
     """
     function = kernel.fn
-    task = (function.__module__, function.__name__, dict(signature), dict(constexprs), capability, num_warps, num_stages)
+    what = function.__module__, function.__name__, dict(signature), dict(constexprs)
     pipe = _compiler()
     assert pipe.stdin is not None and pipe.stdout is not None
-    pickle.dump(task, pipe.stdin)
+    pickle.dump((*what, capability, num_warps, num_stages), pipe.stdin)
     pipe.stdin.flush()
     result = pickle.load(pipe.stdout)
     if isinstance(result, str):
         raise AssertionError(f"{function.__name__} does not compile for sm_{capability}:\n{result}")
     return Compiled(*result)
+
+
+class Recorder:
+    """Stands in for a kernel: notes what it was launched with, in `launches`, and runs nothing.
+
+    Each launch is what `compiled` takes: signature, constexprs, and num_warps and num_stages, where they were given.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.launches: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self._launch
+
+    def _launch(self, *args: Any, **kwargs: Any) -> None:
+        launch: dict[str, Any] = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        parameters = inspect.signature(self.kernel.fn).parameters
+        given = dict(zip(parameters, args, strict=False)) | kwargs
+        signature, constexprs = {}, {}
+        for name, parameter in parameters.items():
+            value = given[name]
+            if value is None or "constexpr" in str(parameter.annotation):
+                constexprs[name] = value
+            elif hasattr(value, "data_ptr"):
+                signature[name] = "*" + _TYPES[str(value.dtype).removeprefix("torch.")]
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+        self.launches.append(launch | {"signature": signature, "constexprs": constexprs})
+
+
+_TYPES = {
+    "uint8": "u8", "uint16": "u16", "int16": "i16", "int32": "i32", "int64": "i64", "bool": "i1", "float16": "fp16",
+    "bfloat16": "bf16", "float32": "fp32",
+}  # fmt: skip
 
 
 @cache
@@ -103,8 +139,9 @@ def _serve() -> None:
 
 
 def _compile(
-    module: str, name: str, signature: dict[str, str], constexprs: dict[str, Any], capability: int, warps: int, stages: int
-) -> tuple[int, Counter[str], int, tuple[Counter[str], ...]]:
+    module: str, name: str, signature: dict[str, str], constexprs: dict[str, Any], capability: int, warps: int,
+    stages: int,
+) -> tuple[int, Counter[str], int, tuple[Counter[str], ...]]:  # fmt: skip
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -120,11 +157,12 @@ def _compile(
         file.flush()
         text = subprocess.check_output([triton.knobs.nvidia.nvdisasm.path, "-c", file.name], text=True)
         usage = subprocess.check_output(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], text=True, stderr=subprocess.STDOUT
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], text=True
         )
     found = re.search(r"REG:(\d+)", usage)
     assert found is not None, usage
-    return built.metadata.shared, *_instructions(text)[:1], int(found[1]), _instructions(text)[1]
+    total, loops = _instructions(text)
+    return built.metadata.shared, total, int(found[1]), loops
 
 
 def _instructions(text: str) -> tuple[Counter[str], tuple[Counter[str], ...]]:

@@ -1,0 +1,298 @@
+"""Decode attention over packed slots: the kernels against attention to decoded rows in float64, and their wiring.
+
+Without a GPU the kernels run in Triton's interpreter (see tests/conftest.py), with one they run on it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvbench import CompressedCache, backend
+from kvbench.kernels.decode import packed_decode
+from kvbench.policies import FP8, H2O, KIVI, NVFP4, IntToken, Policy, Quest, StreamingLLM, TurboQuant, ZipCache
+from kvbench.policies.interface import KV, Mixed
+
+pytest.importorskip("triton")
+from kvbench.kernels.decode import triton as kernels
+
+FORMATS: list[Any] = [
+    KIVI(2, 16, 16),
+    KIVI(4, 16, 32, sinks=3),
+    KIVI(2, 8, 8),
+    IntToken(8),
+    IntToken(4, rotate=True, block=16, rotate_values=True),
+    IntToken(2, residual=5),
+    IntToken(4, symmetric=True),
+    FP8(),
+    FP8(key_scale=0.5, value_scale=2, format="e5m2"),
+    FP8(per_token=True),
+    FP8(checkpoint="proving_head"),
+    NVFP4(),
+    NVFP4(rotate=True, sinks=2),
+    TurboQuant(1),
+    TurboQuant(2),
+    TurboQuant(4, norm_correction=True),
+    KIVI(4, 16, 16).keys & NVFP4(sinks=4).values,
+    FP8(sinks=20).values & KIVI(2, 16, 32).keys,
+    Mixed(v=NVFP4()),
+]
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2, torch.float32: 2e-5}
+SCALING = 0.2
+SMALL = {"split": 32}
+
+
+class Case:
+    """Packed lists with `tokens` new ones, and queries of these."""
+
+    def __init__(
+        self, policy: Any, slots: int = 41, tokens: int = 1, dim: int = 32, group: int = 2, batch: int = 1,
+        dtype: torch.dtype = torch.float32, device: Any = "cpu", keep: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        def drawn(heads: int, count: int) -> Tensor:
+            return torch.randn(batch, heads, count, dim).to(device, dtype)
+
+        kv: KV = policy.encode(drawn(2, slots), drawn(2, slots)) if slots else KV.of(drawn(2, 0), drawn(2, 0))
+        if keep is not None:
+            kv = kv.gather(keep.to(device))
+        seen = torch.full((batch,), slots, device=device)
+        self.kv = kv.append(drawn(2, tokens), drawn(2, tokens), None, seen)
+        self.query = drawn(2 * group, tokens)
+        self.position = slots + torch.arange(tokens, device=device).expand(batch, -1)
+        self.total = self.kv.counts.per_head.flatten().int()
+
+    def run(self, function: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        sides = [backend.side(held, self.query.shape[2]) for held in (self.kv.keys, self.kv.values)]
+        if function is kernels.packed_decode:
+            assert kernels.reason(self.query, *sides) is None
+            options = SMALL | options
+        options = {"scaling": SCALING, "sums": True} | options
+        return function(self.query, *sides, self.position, self.kv.position, self.total, **options)
+
+    def expected(self, softcap: float | None = None, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Output and sums in float64, from what the codecs decode."""
+        keys, values = (
+            replace(held, body=held.body and replace(held.body, dtype=torch.float32), tail=held.tail.float()).dense()
+            for held in (self.kv.keys, self.kv.values)
+        )
+        group = self.query.shape[1] // 2
+        logits = self.query.double() @ keys.double().repeat_interleave(group, 1).transpose(2, 3) * SCALING
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        at = self.kv.position.expand(-1, 2, -1).repeat_interleave(group, 1)[:, :, None]
+        logits = logits.masked_fill((at < 0) | (at > self.position[:, None, :, None]), -torch.inf)
+        if sinks is not None:
+            extra = sinks.double().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+            logits = torch.cat([logits, extra], -1)
+        weights = logits.softmax(-1)[..., : keys.shape[2]]
+        out = weights @ values.double().repeat_interleave(group, 1)
+        return out, weights.unflatten(1, (2, group)).sum((2, 3))
+
+    def check(self, function: Any = None, **options: Any) -> None:
+        geometry = {k: v for k, v in options.items() if k in ("softcap", "sinks")}
+        out, sums = self.run(function or kernels.packed_decode, **options)
+        right, received = self.expected(**geometry)
+        most = self.kv.values.dense().abs().max()
+        near = TOLERANCE[self.query.dtype]
+        torch.testing.assert_close(out.double(), right, atol=near * float(most), rtol=0)
+        torch.testing.assert_close(sums.double(), received, atol=near, rtol=near)
+
+
+# The interpreter computes bfloat16 wrongly.
+DTYPES = [torch.float32, torch.bfloat16] if torch.cuda.is_available() else [torch.float32]
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.mark.parametrize("policy", FORMATS, ids=str)
+def test_the_reference_reads_what_the_codecs_wrote(policy: Any) -> None:
+    Case(policy, 70, 3, dim=32).check(packed_decode)
+
+
+@pytest.mark.parametrize("policy", FORMATS, ids=str)
+def test_every_format(policy: Any, device: torch.device) -> None:
+    Case(policy, dtype=torch.float16, device=device).check()
+
+
+@pytest.mark.parametrize("policy", [KIVI(2, 16, 16), IntToken(8), IntToken(4), FP8(), NVFP4(), TurboQuant(2)], ids=str)
+@by_dtype
+def test_every_dtype(policy: Policy, dtype: torch.dtype, device: torch.device) -> None:
+    Case(policy, dtype=dtype, device=device).check()
+
+
+@pytest.mark.parametrize("policy", [KIVI(2, 16, 16), KIVI(4, 16, 16, sinks=2)], ids=str)
+@pytest.mark.parametrize("slots", [0, 1, 15, 16, 17, 33])
+def test_lengths_around_groups_and_splits(policy: Policy, slots: int, device: torch.device) -> None:
+    Case(policy, slots, device=device).check(split=16)
+
+
+@pytest.mark.parametrize("group", [1, 3, 7, 8])
+def test_heads_that_share_keys_and_several_queries(group: int, device: torch.device) -> None:
+    tokens = {1: 8, 3: 3, 7: 1, 8: 2}[group]
+    Case(KIVI(2, 16, 16), 36, tokens, group=group, device=device).check()
+
+
+@pytest.mark.parametrize(
+    ("policy", "dim"),
+    [
+        *[(KIVI(4, 32, 32), dim) for dim in (64, 96, 128, 256)],
+        *[(policy, 96) for policy in (KIVI(2, 16, 16), IntToken(4), NVFP4(), FP8(), TurboQuant(2))],
+        *[(policy, 256) for policy in (NVFP4(), FP8())],
+        (KIVI(2, 32, 32), 128),
+    ],
+    ids=str,
+)
+def test_head_dims(policy: Policy, dim: int, device: torch.device) -> None:
+    Case(policy, 34, dim=dim, group=1, device=device).check()
+
+
+@pytest.mark.parametrize("policy", [KIVI(2, 16, 16), NVFP4(sinks=2)], ids=str)
+def test_ragged_lists_after_eviction(policy: Policy, device: torch.device) -> None:
+    keep = torch.full((2, 2, 33), -1)
+    for i, kept in enumerate([range(0, 60, 2), range(5), range(7, 40), [0, 3, 59]]):
+        keep[i // 2, i % 2, : len(kept)] = torch.tensor(list(kept))
+    case = Case(policy, 60, 2, batch=2, keep=keep, device=device)
+    assert case.kv.counts.even is None
+    case.check()
+
+
+def test_full_precision_lists_that_differ(device: torch.device) -> None:
+    case = Case(FP8(), 40, device=device)
+    keep = torch.full((1, 2, 41), -1, device=device)
+    keep[0, 0, :4], keep[0, 1] = torch.tensor([0, 3, 8, 40]), torch.arange(41)
+    case.kv = KV.of(*case.kv.decode()).gather(keep).flattened()
+    case.total = case.kv.counts.per_head.flatten().int()
+    assert case.kv.keys.is_flat
+    case.kv = case.kv.append(*torch.randn(2, 1, 2, 1, 32, device=device), None, torch.tensor([41], device=device))
+    case.total, case.position = case.total + 1, case.position + 1
+    case.check()
+
+
+@by_dtype
+def test_softcap_and_learned_sinks(dtype: torch.dtype, device: torch.device) -> None:
+    sinks = torch.randn(4, device=device)
+    Case(KIVI(2, 16, 16), 40, 2, dtype=dtype, device=device).check(softcap=3.0, sinks=sinks)
+
+
+def test_nothing_is_read_that_was_not_written(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(KIVI(2, 16, 16), 34, device=device)
+    case.check(split=16)  # splits without any slot among them
+    empty = torch.empty
+    monkeypatch.setattr(
+        kernels.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan) if k.get("dtype") else empty(*a, **k)
+    )
+    case.check(split=16)
+
+
+def test_queries_and_positions_that_are_views(device: torch.device) -> None:
+    case = Case(KIVI(2, 16, 16), 40, 3, device=device)
+    case.query = case.query.transpose(1, 2).contiguous().transpose(1, 2)
+    case.position = case.position.repeat_interleave(2, 1)[:, ::2]
+    assert not case.query.is_contiguous() and not case.position.is_contiguous()
+    case.check()
+
+
+def test_splits_change_little_and_nothing_between_runs(device: torch.device) -> None:
+    case = Case(IntToken(4), 70, dtype=torch.float16, device=device)
+    one, several = (case.run(kernels.packed_decode, split=split)[0] for split in (128, 16))
+    torch.testing.assert_close(one, several, atol=1e-3, rtol=0)
+    assert torch.equal(several, case.run(kernels.packed_decode, split=16)[0])
+
+
+def test_pads_give_no_sums(device: torch.device) -> None:
+    case = Case(KIVI(2, 16, 16), 34, 2, batch=2, device=device)
+    valid = torch.tensor([[False, True], [True, True]], device=device)
+    for function in (packed_decode, kernels.packed_decode):
+        sums = case.run(function, valid=valid)[1]
+        assert sums.sum((1, 2)).tolist() == pytest.approx([4, 8], abs=1e-3)
+
+
+def test_sums_are_left_out_where_nobody_asks(device: torch.device) -> None:
+    assert Case(NVFP4(), device=device).run(kernels.packed_decode, sums=False)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "dim", "tokens", "why"),
+    [
+        (TurboQuant(3), 32, 1, "keys are in a format that no kernel reads"),
+        (FP8(), 32, 9, "9 queries per head; the kernel takes 8"),
+        (FP8(), 40, 1, "head_dim=40 is not a multiple of 16"),
+        (FP8(), 288, 1, "head_dim=288 is not a multiple of 16 up to 256"),
+    ],
+)
+def test_says_what_it_cannot_do(policy: Policy, dim: int, tokens: int, why: str, device: torch.device) -> None:
+    case = Case(policy, 20, tokens, dim=dim, device=device)
+    found = kernels.reason(case.query, *(backend.side(x, tokens) for x in (case.kv.keys, case.kv.values)))
+    assert why in (found or "")
+
+
+# -- in a model ----------------------------------------------------------------------------------------------------
+
+
+def decoded(model: Any, policy: Policy, steps: int = 2) -> Tensor:
+    """Logits of a few tokens after a prompt, one row of two with pads."""
+    ids = torch.randint(3, 250, (2, 30 + steps), generator=torch.Generator().manual_seed(0)).to(model.device)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    cache, out = CompressedCache(model, policy), []
+    with torch.no_grad():
+        model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
+        for i in range(30, 30 + steps):
+            out.append(model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache).logits)
+    return torch.cat(out, 1)
+
+
+@pytest.fixture
+def fast(device: torch.device) -> str:
+    return "triton" if device.type == "cuda" else "interpret"
+
+
+@pytest.mark.parametrize("policy", [H2O(20) | KIVI(2, 16, 16), NVFP4(sinks=2)], ids=str)
+def test_a_model_decodes_by_the_kernels(
+    policy: Policy, fast: str, tiny: tuple, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny[0].to(device)
+    monkeypatch.setenv("KVBENCH_BACKEND", "torch")
+    right = decoded(model, policy)
+    assert backend.last == "torch"
+    monkeypatch.setenv("KVBENCH_BACKEND", fast)
+    torch.testing.assert_close(decoded(model, policy), right, atol=1e-3, rtol=1e-3)
+    assert backend.last == fast
+
+
+@pytest.mark.parametrize(
+    ("policy", "why"),
+    [
+        (ZipCache(interval=10), "keys are in a format that no kernel reads"),
+        (Quest(budget=12, page=4, dense_layers=0) | FP8(), "a selector narrows what is read"),
+        (StreamingLLM(20) | FP8(), "keys are turned to positions within the cache"),
+    ],
+    ids=str,
+)
+def test_says_once_why_it_does_not(
+    policy: Policy, why: str, fast: str, tiny: tuple, device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setenv("KVBENCH_BACKEND", fast)
+    monkeypatch.setattr(backend, "_said", set())
+    with caplog.at_level(logging.WARNING, logger="kvbench"):
+        decoded(tiny[0].to(device), policy)
+    said = [x.message for x in caplog.records if "attention to packed slots" in x.message]
+    assert len(said) == 1 and why in said[0]
+    assert backend.last == "torch"
+
+
+def test_unknown_backend(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.setenv("KVBENCH_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="KVBENCH_BACKEND must be one of torch, triton, interpret, got 'cuda'"):
+        backend.chosen(device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", [KIVI(2, 32, 128), IntToken(4), FP8(), NVFP4(), TurboQuant(4)], ids=str)
+def test_long_lists(policy: Policy, device: torch.device) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        Case(policy, 5000, 1, dim=128, group=4, batch=2, dtype=dtype, device=device).check(split=kernels.SPLIT)
