@@ -282,6 +282,21 @@ def summary(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def hard_keys_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: which formats survive keys with a large bias, and learned sinks."""
+    lines = [
+        "# Keys that break formats\n",
+        "Relative error of the attention output; a format survives where it is at most twice that on plain keys.\n",
+        "| quant | plain keys | large bias per channel | learned sinks | survives the bias | survives sinks |",
+        "|---|--:|--:|--:|---|---|",
+    ]
+    for row in sorted((row for row in rows if row["kind"] == "keys"), key=lambda row: row["bias"]):
+        survives = ("yes" if row[k] <= 2 * row["plain"] else "no" for k in ("bias", "sinks"))
+        errors = (f"{row[k]:.3f}" for k in ("plain", "bias", "sinks"))
+        lines.append(f"| {' | '.join((row['quant'], *errors, *survives))} |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Output error against bits: on the proving model's keys, and on biased ones."""
     matplotlib.use("Agg")
@@ -313,13 +328,16 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=4, help="query heads per key-value head")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("results/bench_quantizers"), help="rows.jsonl and error.png")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/bench_quantizers"), help="where rows.jsonl and what is made of it go"
+    )
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that all runs")
     options = parser.parse_args()
     if options.quick:
         vars(options).update(prompt=512, tokens=1024, heads=2, repeats=1)
     rows = run(options)
     Console().print(summary(rows))
+    (options.out / "hard_keys.md").write_text(hard_keys_table(rows), encoding="utf-8")
     plot(rows, options.out / "error.png")
 
 

@@ -29,6 +29,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (out / "error.png").stat().st_size > 10_000
+    assert "| kivi2 |" in (out / "hard_keys.md").read_text()
     lines = (out / "rows.jsonl").read_text().splitlines()
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and (out / "rows.jsonl").read_text().splitlines() == lines  # nothing is measured twice
