@@ -43,7 +43,7 @@ from kvbench.policies.store import Counts, Held, take_columns
 NAME = "kvbench"
 _TAG = "_kvbench_layer"
 _FEW = 16  # queries of one forward that attend to packed slots tile by tile; more pay for decoding a layer at once
-_TILE = 2**20  # elements that decoding reads at a time: a plane of 2-bit codes is 1 MiB as float32, and stays in cache
+_TILE = 2**20  # elements a thread reads at a time: a plane of 2-bit codes is 1 MiB as float32, and stays in its cache
 
 
 @dataclass(frozen=True)
@@ -861,7 +861,7 @@ class CompressedCache(Cache):
 def tile_of(kv: KV) -> int:
     """How many slots of every list are read at a time."""
     # Lists of different lengths are gathered row by row unless they are decoded whole: only large ones are cut.
-    elements = _TILE if kv.counts.even is not None else 4 * _TILE
+    elements = torch.get_num_threads() * (_TILE if kv.counts.even is not None else 4 * _TILE)
     return max(elements // (kv.counts.shape[0] * kv.counts.shape[1] * kv.keys.shape[3]), 1)
 
 

@@ -160,7 +160,7 @@ def test_a_run_that_was_cut_off_goes_on(folder, tmp_path, monkeypatch, capsys) -
         run(folder, tmp_path / "again.json", "--threshold", "0.1", "--resume")
     again = run(folder, tmp_path / "again.json", "--resume")
     for found in (whole, again):
-        assert found["search"].pop("seconds")
+        assert found["search"].pop("seconds") >= 0
     assert again == whole and "taken" in capsys.readouterr().out
     assert whole["layers"] == 4 and whole["search"]["model"] == folder.name and whole["search"]["text"] == ["text.txt"]
     assert not list(tmp_path.glob("*.state")) and not list(tmp_path.glob("*.part"))
