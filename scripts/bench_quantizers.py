@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8, help="key-value heads")
     parser.add_argument("--group", type=int, default=4, help="query heads per key-value head")
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument(
         "--out", type=Path, default=Path("results/bench_quantizers"), help="where rows.jsonl and what is made of it go"
     )
