@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import gcd
 
+import torch
 from torch import Tensor
 
 
@@ -59,11 +60,12 @@ def mix_per_token(weights: Tensor, codes: Tensor, bits: int, scale: Tensor, zero
 
 def _chunks(codes: Tensor, bits: int, width: int) -> Iterator[tuple[Tensor, float, slice]]:
     """Runs of channels inside one plane and one group of `width` channels: float codes * 2**(bits*i), 2**(-bits*i), and
-    which channels they are."""
+    which channels they are. Codes are the caller's until the next ones are asked for."""
     channels = codes.shape[-1]
     size = gcd(channels, width)
+    masked, plane = torch.empty_like(codes), torch.empty(codes.shape, device=codes.device)  # fresh memory costs more
     for i in range(8 // bits):
-        plane = (codes if bits == 8 else codes & (2**bits - 1) << bits * i).float()
+        plane.copy_(codes if bits == 8 else torch.bitwise_and(codes, (2**bits - 1) << bits * i, out=masked))
         for start in range(0, channels, size):
             first = channels * i + start
             yield plane[..., start : start + size], 2.0 ** (-bits * i), slice(first, first + size)
