@@ -298,17 +298,17 @@ def hard_keys_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Output error against bits: on the proving model's keys, and on biased ones."""
+def plot(rows: list[dict[str, Any]], folder: Path) -> None:
+    """error.png: output error against bits, on the proving model's keys and on biased ones; time.png: decode times."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    error = {row["quant"]: row for row in rows if row["kind"] == "error"}
-    hard = {row["quant"]: row for row in rows if row["kind"] == "keys"}
+    by_kind = {kind: {row["quant"]: row for row in rows if row["kind"] == kind} for kind in ("error", "keys", "time")}
+    error = by_kind["error"]
     figure, both = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
     for axes, title, losses in (
         (both[0], "keys of the proving model", {name: row["output_error"] for name, row in error.items()}),
-        (both[1], "the same with a large bias (Qwen2.5)", {name: row["bias"] for name, row in hard.items()}),
+        (both[1], "the same with a large bias (Qwen2.5)", {name: row["bias"] for name, row in by_kind["keys"].items()}),
     ):
         for name, lost in losses.items():
             bits = (error[name]["key_bits"] + error[name]["value_bits"]) / 2
@@ -317,7 +317,19 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(xlabel="bits per element, metadata included", title=title, yscale="log")
         axes.grid(alpha=0.3)
     both[0].set_ylabel("relative error of the attention output")
-    figure.savefig(path, dpi=110)
+    figure.savefig(folder / "error.png", dpi=110)
+
+    ratios = {name: row["attend_s"] / row["dense_fp32_s"] for name, row in by_kind["time"].items()}
+    names = sorted(ratios, key=lambda name: -ratios[name])
+    figure, axes = plt.subplots(figsize=(8, 0.22 * len(names) + 1), layout="constrained")
+    colors = ["tab:orange" if name.startswith("hf_") else "tab:blue" for name in names]
+    axes.barh(names, [ratios[name] for name in names], color=colors)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set(
+        xlabel="decode attention, times that over dense float32 (orange: transformers' QuantizedCache)", xscale="log"
+    )
+    axes.tick_params(axis="y", labelsize=8)
+    figure.savefig(folder / "time.png", dpi=110)
 
 
 def main() -> None:
@@ -339,7 +351,7 @@ def main() -> None:
     rows = run(options)
     Console().print(summary(rows))
     (options.out / "hard_keys.md").write_text(hard_keys_table(rows), encoding="utf-8")
-    plot(rows, options.out / "error.png")
+    plot(rows, options.out)
 
 
 if __name__ == "__main__":
