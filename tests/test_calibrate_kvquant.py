@@ -205,3 +205,15 @@ def test_bad_arguments(arguments: list[str], capsys) -> None:
     with pytest.raises(SystemExit):
         script.parse(arguments)
     assert "--" in capsys.readouterr().err
+
+
+def test_texts_come_from_files_and_data_sets(tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("one\ntwo")
+    assert script.read(str(tmp_path / "plain.txt"), 3) == "one\ntwo"
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(9)))
+    assert script.read(f"hub:{folder}", 12) == "row 0\nrow 1\nrow 2"
+    (folder / "train.jsonl").write_text(json.dumps({"words": "row"}) + "\n")
+    with pytest.raises(ValueError, match="has no column named text; its columns are: words"):
+        script.read(f"hub:{folder}", 12)
