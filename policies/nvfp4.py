@@ -51,8 +51,7 @@ class NVFP4(Quantizer):
     Official default: a tensor scale calibrated on text (`nvfp4`). Deviations. `cast`: the default here is the
     uncalibrated `nvfp4_cast`; either way the scale is no function of the tokens, so codes do not depend on how they
     were split into forwards and batches. `small_scales`: block scales are clamped to 2**-9, as its storage path does
-    (its fake quantization lets them become 0). `rotates_back`: with `rotate`, the official code rotates the query
-    instead of turning keys back, which is the same product.
+    (its fake quantization lets them become 0).
 
     Example: `NVFP4().encode(keys, values).decode()` with keys and values [batch, kv_heads, tokens, head_dim].
     """
