@@ -17,24 +17,19 @@ A run that was cut off goes on with --resume; the result is the same.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from calibration import begin, clear, folders, load, options, samples, store, write
 from safetensors import safe_open
-from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -42,56 +37,14 @@ from transformers.masking_utils import sdpa_mask
 
 from kvbench import CompressedCache
 from kvbench.cache import NAME as HOST
-from kvbench.corpus import document, rng_for
 from kvbench.kernels.rotation import rotate
 from kvbench.policies.kvquant import BITS, SHIPPED, nearest, normalized, slots_per_side, token_ranges
-from kvbench.tasks.sample import bos, encode
 
-ROOT = Path(__file__).resolve().parents[1]
 NAME = "kvbench_noted"
 ITERATIONS = 50
 
 
 # ---------------------------------------------------------------- what the model reads
-
-
-def samples(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, scheme: str) -> list[list[int]]:
-    """--samples lists of --tokens ids: windows of the texts, or the beginnings of generated documents of `scheme`."""
-    first, found = bos(tokenizer), []
-    if args.text:
-        enough = 16 * args.samples * args.tokens  # letters: of data sets that never end
-        ids = [i for path in args.text for i in encode(tokenizer, read(str(path), enough))]
-        if len(ids) < args.tokens:
-            raise ValueError(f"the texts have {len(ids)} tokens, fewer than --tokens {args.tokens}")
-    for i in range(args.samples):
-        rng = rng_for(args.seed, scheme, i)
-        if args.text:
-            start = rng.randrange(len(ids) - args.tokens + 1)
-            row = first + ids[start : start + args.tokens]
-        else:  # a sentence has more than five tokens
-            row = first + encode(tokenizer, document(rng.randrange(2**32), args.tokens // 5 + 1, scheme))
-        found.append(row[: args.tokens])
-    return found
-
-
-def read(text: str, enough: int) -> str:
-    """A file, or, after "hub:", a data set NAME or NAME:CONFIG of the Hub or a folder: its column "text", as far as so
-    many letters."""
-    if not text.startswith("hub:"):
-        return Path(text).read_text(encoding="utf-8")
-    from datasets import load_dataset
-
-    name, _, config = text.removeprefix("hub:").partition(":")
-    rows = load_dataset(name, config or None, split="train", streaming=True)
-    if "text" not in (rows.column_names or ["text"]):
-        raise ValueError(f"{text} has no column named text; its columns are: {', '.join(rows.column_names)}")
-    found, letters = [], 0
-    for row in rows:
-        found.append(row["text"])
-        letters += len(row["text"])
-        if letters >= enough:
-            break
-    return "\n".join(found)
 
 
 class Notes:
@@ -141,28 +94,14 @@ def collect(
 ) -> tuple[int, int, int]:
     """Notes every sample into a file of --work that is not there yet; returns (layers, heads, head_dim)."""
     rows, notes = samples(tokenizer, args, "kvquant"), Notes(model)
-    settings, file = {name: str(getattr(args, name)) for name in SETTINGS}, args.work / "settings.json"
-    if not args.resume:
-        clear(args.work)
-    args.work.mkdir(parents=True, exist_ok=True)
-    if file.exists() and (old := json.loads(file.read_text())) != settings:
-        changed = [name for name in SETTINGS if old.get(name) != settings[name]]
-        raise ValueError(f"{file} has other values of {', '.join(changed)}; use those, or start without --resume")
-    file.write_text(json.dumps(settings))
+    begin(args)
     for i, row in enumerate(tqdm(rows, "samples", mininterval=5)):
         target = sample_file(args.work, i)
         if not target.exists():
-            part = target.with_suffix(".part")
-            save_file(notes.of(model, row), part)
-            os.replace(part, target)
+            store(target, notes.of(model, row))
     with safe_open(sample_file(args.work, 0), "pt") as noted:
         _, heads, head_dim = noted.get_slice("0.k.x").get_shape()
     return len(notes.layers), heads, head_dim
-
-
-def clear(work: Path) -> None:
-    for file in (work / "settings.json", *work.glob("sample_*.safetensors")):
-        file.unlink(missing_ok=True)
 
 
 def sample_file(work: Path, number: int) -> Path:
@@ -253,24 +192,14 @@ def fit(args: argparse.Namespace, order: int, side: str) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------- the run
 
-SETTINGS = ("model", "text", "samples", "tokens", "seed", "dtype")
-"""What the noted samples depend on."""
-
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="proving", help="a Hub name, a folder, or proving")
-    parser.add_argument("--text", type=Path, nargs="+", help="UTF-8 files or hub:NAME[:CONFIG]; default: generated")
-    parser.add_argument("--out", type=Path, help="folder to write; default: kvbench/assets/kvquant/<name of model>")
-    parser.add_argument("--work", type=Path, help="noted samples; default: build/kvquant/<name of model>")
+    parser = options(__doc__, "kvquant")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tokens", type=int, help="of each sample [2048; proving: 1024]")
     parser.add_argument("--outliers", type=float, default=0.01, help="share of elements left out of the ranges")
     parser.add_argument("--sinks", type=int, default=1, help="first tokens of each sample that signposts do not serve")
     parser.add_argument("--points", type=int, default=1_000_000, help="elements that k-means sees, at most")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="[float32 on a CPU, else bfloat16]")
-    parser.add_argument("--resume", action="store_true", help="go on with the samples in --work")
     args = parser.parse_args(argv)
     if not 0 <= args.outliers < 0.5:
         parser.error(f"--outliers must be a share in [0, 0.5), got {args.outliers}")
@@ -278,47 +207,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.tokens = 1024 if args.model == "proving" else 2048
     if not 0 <= args.sinks < args.tokens - 1 or args.samples < 1 or args.points < 1:
         parser.error("--samples and --points must be at least 1, --tokens more than --sinks")
-    name = Path(args.model).name
-    args.out, args.work = args.out or SHIPPED / name, args.work or Path("build/kvquant") / name
+    folders(args, "kvquant", SHIPPED)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, begin = parse(argv), time.time()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
-    source = ROOT / "kvbench" / "assets" / "proving" if args.model == "proving" else args.model
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, args.dtype)).to(device).eval()
+    args, began = parse(argv), time.time()
+    tokenizer, model = load(args)
     layers, heads, head_dim = collect(model, tokenizer, args)
     tensors: dict[str, Tensor] = {}
     for order in tqdm(range(layers), "layers", mininterval=5):
         tensors |= fit(args, order, "k") | fit(args, order, "v")
-    data = save({name: x.contiguous() for name, x in tensors.items()})
-    about = {
-        "format": 1,
-        "layers": layers,
-        "heads": heads,
-        "head_dim": head_dim,
-        "outliers": args.outliers,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "calibration": {
-            "model": Path(args.model).name if Path(args.model).exists() else args.model,
-            "text": [path.name for path in args.text] if args.text else "kvbench.corpus",
-            **{name: getattr(args, name) for name in ("samples", "tokens", "sinks", "points", "seed", "dtype")},
-            "seconds": round(time.time() - begin),
-        },
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    part = args.out / "kvquant.part"
-    for name, content in (
-        ("kvquant.safetensors", data),
-        ("kvquant.json", (json.dumps(about, indent=1) + "\n").encode()),
-    ):
-        part.write_bytes(content)
-        os.replace(part, args.out / name)
+    about = {"layers": layers, "heads": heads, "head_dim": head_dim, "outliers": args.outliers}
+    names = ("samples", "tokens", "sinks", "points", "seed", "dtype")
+    size = write(args.out / "kvquant", tensors, about, args, names, began)
     clear(args.work)
-    print(f"{args.out}: {len(data):,} bytes, {layers} layers, {about['calibration']['seconds']} s")
+    print(f"{args.out}: {size:,} bytes, {layers} layers, {time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,7 @@ official code calibrates on; calibrate them with scripts/calibrate_kvquant.py.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
-import json
-import os
 import pickle
 import re
 from collections import OrderedDict
@@ -36,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from calibration import write_artifact
 from torch import Tensor
 
 from kvbench.policies.kvquant import BITS
@@ -193,26 +190,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         tensors = {name: x for name, x in tensors.items() if ".qnorm." not in name}
         print("not all files have Q-Norm: left out")
     layers = 1 + max(int(name.split(".")[1]) for name in tensors)
-    data = save({name: x.contiguous() for name, x in tensors.items()})
     about = {
-        "format": 1,
         "layers": layers,
         "heads": args.heads,
         "head_dim": tensors["layers.0.k.upper"].shape[1],
         "outliers": args.outliers,
         "bits": sorted(bits),
         "qnorm": norms == {True},
-        "sha256": hashlib.sha256(data).hexdigest(),
         "imported": [file.name for file in args.pickles],
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    part = args.out / "kvquant.part"
-    for name, content in (
-        ("kvquant.safetensors", data),
-        ("kvquant.json", (json.dumps(about, indent=1) + "\n").encode()),
-    ):
-        part.write_bytes(content)
-        os.replace(part, args.out / name)
+    write_artifact(args.out / "kvquant", tensors, about)
     print(f"{args.out}: {layers} layers of {args.heads} heads, {about['head_dim']} channels; bits: {about['bits']}")
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calibrate_kvquant import samples
+from calibration import samples
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel

@@ -1,25 +1,13 @@
 """The script that times policies: a quick run, going on where it stopped, and its count of live bytes."""
 
-import importlib.util
 import json
-from pathlib import Path
 
+import bench_policies as script
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))  # where python finds its neighbours when it runs a script
-    spec = importlib.util.spec_from_file_location("bench_policies", SCRIPTS / "bench_policies.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_quick_run_and_going_on(script, tmp_path, capsys):
+def test_a_quick_run_and_going_on(tmp_path, capsys):
     arguments = ["--quick", "--threads", str(torch.get_num_threads()), "--out", str(tmp_path), "--policies"]
     script.main([*arguments, "h2o", "duo_attention"])
     script.main([*arguments, "h2o", "duo_attention", "lookaheadkv"])
@@ -39,7 +27,7 @@ def test_a_quick_run_and_going_on(script, tmp_path, capsys):
     assert "duo_attention" in capsys.readouterr().out
 
 
-def test_what_would_take_too_long_says_so(script, tmp_path):
+def test_what_would_take_too_long_says_so(tmp_path):
     settings = {"policy": "kvzip", "tokens": 100, "fork_s": 2.0, "cost_s": 2.0}
     rows = {("kvzip", 100): settings, ("kvzip", 50): settings | {"tokens": 50, "fork_s": 9.0}}
     assert script.predicted(rows, "kvzip", 400) == 32 and script.predicted(rows, "h2o", 400) == 0
@@ -47,7 +35,7 @@ def test_what_would_take_too_long_says_so(script, tmp_path):
     assert "would take" in script.cell({"skipped": "would take about 32 s; --limit is 30 s"})
 
 
-def test_live_bytes_are_those_of_new_storages(script):
+def test_live_bytes_are_those_of_new_storages():
     old = torch.ones(1000)
     with script.LiveBytes() as tracker:
         view = old[10:].view(-1, 10)
@@ -62,7 +50,7 @@ def test_live_bytes_are_those_of_new_storages(script):
     assert c.shape == (10, 99)
 
 
-def test_bad_arguments(script, tmp_path, capsys):
+def test_bad_arguments(tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.main(["--lengths", "100", "200", "--repeats", "1"])
     assert "--lengths names 2 lengths, --repeats 1" in capsys.readouterr().err

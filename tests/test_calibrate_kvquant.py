@@ -1,25 +1,20 @@
 """The script that calibrates KVQuant: what it notes of a model, k-means, Q-Norm, and going on where it stopped."""
 
-import importlib.util
 import json
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 
+import calibrate_kvquant as script
 import pytest
 import torch
+from calibration import read
 from transformers import AutoModelForCausalLM
 
 from kvbench import CompressedCache
 from kvbench.corpus import document
 from kvbench.policies import KVQuant
 from kvbench.policies.kvquant import artifact, nearest, normalized, token_ranges
-
-_SPEC = importlib.util.spec_from_file_location(
-    "calibrate_kvquant", Path(__file__).parents[1] / "scripts" / "calibrate_kvquant.py"
-)
-script = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(script)
 
 
 def cost(points: list[float], weights: list[float], centres: list[float]) -> float:
@@ -209,11 +204,11 @@ def test_bad_arguments(arguments: list[str], capsys) -> None:
 
 def test_texts_come_from_files_and_data_sets(tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text("one\ntwo")
-    assert script.read(str(tmp_path / "plain.txt"), 3) == "one\ntwo"
+    assert read(str(tmp_path / "plain.txt"), 3) == "one\ntwo"
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(9)))
-    assert script.read(f"hub:{folder}", 12) == "row 0\nrow 1\nrow 2"
+    assert read(f"hub:{folder}", 12) == "row 0\nrow 1\nrow 2"
     (folder / "train.jsonl").write_text(json.dumps({"words": "row"}) + "\n")
     with pytest.raises(ValueError, match="has no column named text; its columns are: words"):
-        script.read(f"hub:{folder}", 12)
+        read(f"hub:{folder}", 12)

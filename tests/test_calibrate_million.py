@@ -1,9 +1,9 @@
 """The script that calibrates MILLION: k-means, what it reads, and going on where it stopped."""
 
-import importlib.util
 import json
 from pathlib import Path
 
+import calibrate_million as script
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,13 +12,6 @@ from transformers import AutoModelForCausalLM
 from kvbench import CompressedCache
 from kvbench.corpus import document
 from kvbench.policies import MILLION
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-_SPEC = importlib.util.spec_from_file_location("calibrate_million", SCRIPTS / "calibrate_million.py")
-script = importlib.util.module_from_spec(_SPEC)
-with pytest.MonkeyPatch.context() as _patch:
-    _patch.syspath_prepend(str(SCRIPTS))  # where python finds its neighbours when it runs a script
-    _SPEC.loader.exec_module(script)
 
 
 def lloyd(x: list[list[float]], centroids: list[list[float]], iterations: int) -> list[list[float]]:

@@ -1,10 +1,10 @@
 """The script that calibrates scales and biases: what it reads, what it writes, and going on where it stopped."""
 
-import importlib.util
 import json
 from importlib.resources import files
 from pathlib import Path
 
+import calibrate_scales as script
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,13 +14,6 @@ from transformers import AutoModelForCausalLM
 from kvbench import CompressedCache
 from kvbench.corpus import document
 from kvbench.policies import FP8, NVFP4, Step
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-_SPEC = importlib.util.spec_from_file_location("calibrate_scales", SCRIPTS / "calibrate_scales.py")
-script = importlib.util.module_from_spec(_SPEC)
-with pytest.MonkeyPatch.context() as _patch:
-    _patch.syspath_prepend(str(SCRIPTS))  # where python finds its neighbours when it runs a script
-    _SPEC.loader.exec_module(script)
 
 SIZES = "--samples 3 --tokens 50 --dtype float32"
 
@@ -90,7 +83,7 @@ def test_a_run_that_was_cut_off_goes_on(tiny_folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(script, "note", interrupted)
         run(tiny_folder, tmp_path / "cut", "--affine")
-    with pytest.raises(ValueError, match="has other values of tokens, seed; use those, or leave out --resume"):
+    with pytest.raises(ValueError, match="has other values of tokens, seed; use those, or start without --resume"):
         run(tiny_folder, tmp_path / "cut", "--resume", "--tokens", "40", "--seed", "1")
     monkeypatch.setattr(script, "note", lambda *args: calls.append(1) or note(*args))
     calls.clear()

@@ -1,11 +1,11 @@
 """The examples do what they say, and the pages that show them show their code and output."""
 
-import importlib.util
 import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anywhere as example
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,6 @@ from kvbench.policies import H2O, KIVI, KV, TOVA, KeyDiff, SnapKV
 
 ROOT = Path(__file__).parents[1]
 SOURCE, PAGE = ((ROOT / name).read_text(encoding="utf-8") for name in ("scripts/anywhere.py", "policies/README.md"))
-_SPEC = importlib.util.spec_from_file_location("anywhere", ROOT / "scripts" / "anywhere.py")
-example = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(example)
 
 
 def test_the_page_shows_the_code_and_its_output(capsys):

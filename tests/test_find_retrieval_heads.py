@@ -1,10 +1,10 @@
 """The script that finds retrieval heads: streaming attention, gates, texts, and going on where it stopped."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 
+import find_retrieval_heads as script
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,12 +12,6 @@ from transformers import AutoModelForCausalLM
 from kvbench import CompressedCache
 from kvbench.corpus import document, rng_for
 from kvbench.policies import DuoAttention
-
-_SPEC = importlib.util.spec_from_file_location(
-    "find_retrieval_heads", Path(__file__).parents[1] / "scripts" / "find_retrieval_heads.py"
-)
-script = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(script)
 
 
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 1), (2, 5), (9, 3), (4, 50)])

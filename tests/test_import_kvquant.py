@@ -1,6 +1,5 @@
 """The importer of KVQuant's official quantizer files: what it makes of them, and that nothing in them is run."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -8,17 +7,13 @@ import pickletools
 from collections import OrderedDict
 from pathlib import Path
 
+import import_kvquant as script
 import numpy as np
 import pytest
 import torch
 
 from kvbench.policies import KV, KVQuant, Step
 from kvbench.policies.kvquant import artifact
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "import_kvquant.py"
-_SPEC = importlib.util.spec_from_file_location("import_kvquant", SCRIPT)
-script = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(script)
 
 LAYERS, HEADS, HEAD_DIM, TOKENS = 2, 2, 16, 40
 

@@ -1,24 +1,17 @@
 """The script that finds layers to share: what it measures, whom it takes, and going on where it stopped."""
 
 import argparse
-import importlib.util
 import json
 import random
 from pathlib import Path
 
 import pytest
+import search_kvsharer as script
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvbench.corpus import document
 from kvbench.policies import Full, KVSharer
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-_SPEC = importlib.util.spec_from_file_location("search_kvsharer", SCRIPTS / "search_kvsharer.py")
-script = importlib.util.module_from_spec(_SPEC)
-with pytest.MonkeyPatch.context() as _patch:
-    _patch.syspath_prepend(str(SCRIPTS))  # where python finds its neighbours when it runs a script
-    _SPEC.loader.exec_module(script)
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,16 @@
 """The script that finds the bits of every layer: what it measures, what it chooses, and going on where it stopped."""
 
-import importlib.util
 import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
+import search_kvtuner as script
 import torch
 
 from kvbench.corpus import document
 from kvbench.policies import KVTuner
-
-_SPEC = importlib.util.spec_from_file_location(
-    "search_kvtuner", Path(__file__).parents[1] / "scripts" / "search_kvtuner.py"
-)
-script = sys.modules["search_kvtuner"] = importlib.util.module_from_spec(_SPEC)  # dataclasses look it up there
-_SPEC.loader.exec_module(script)
 
 
 def bits(assignment) -> int:
