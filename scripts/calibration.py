@@ -172,7 +172,13 @@ def write_artifact(file: Path, tensors: dict[str, Tensor], about: dict[str, Any]
     about = {"format": 1, **about, "sha256": hashlib.sha256(data).hexdigest()}
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    for suffix, content in ((".safetensors", data), (".json", (json.dumps(about, indent=1) + "\n").encode())):
-        part.write_bytes(content)
-        os.replace(part, file.with_suffix(suffix))
+    part.write_bytes(data)
+    os.replace(part, file.with_suffix(".safetensors"))
+    write_json(file.with_suffix(".json"), about)
     return len(data)
+
+
+def write_json(path: Path, content: Any) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from itertools import combinations
@@ -29,15 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calibration import samples
+from calibration import ROOT, load, samples, write_json
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvbench import CompressedCache
 from kvbench.policies import Full, KVSharer, Policy
 
-ROOT = Path(__file__).resolve().parents[1]
 ROWS = 8
 """Samples the model reads at a time."""
 SETTINGS = ("model", "text", "samples", "tokens", "threshold", "layers", "seed", "dtype")
@@ -103,7 +101,7 @@ def search(model: PreTrainedModel, rows: Sequence[list[int]], args: argparse.Nam
 
     def save() -> None:
         state["seconds"] = time.time() - begin
-        write(state_file, state)
+        write_json(state_file, state)
 
     if state["ranked"] is None:
         state["ranked"] = distances(mean_held(model, ids))
@@ -140,12 +138,6 @@ def search(model: PreTrainedModel, rows: Sequence[list[int]], args: argparse.Nam
     return {"layers": len(layers), "pairs": [list(pair) for pair in taken], "search": note}
 
 
-def write(path: Path, content: Any) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, path)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="proving", help="a Hub name, a folder, or proving")
@@ -164,19 +156,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if min(args.samples, args.tokens, 1 if args.layers is None else args.layers) < 1:
         parser.error("--samples, --tokens and --layers must be at least 1")
     args.out = args.out or ROOT / "kvbench" / "assets" / "kvsharer" / "proving.json"
-    args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    source = ROOT / "kvbench" / "assets" / "proving" if args.model == "proving" else args.model
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, args.dtype))
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    tokenizer, model = load(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found = search(model, samples(tokenizer, args, "kvsharer"), args)
-    write(args.out, found)
+    write_json(args.out, found)
     args.out.with_suffix(".state").unlink(missing_ok=True)
     for each in found["search"]["tried"]:
         layer, read = each["pair"]

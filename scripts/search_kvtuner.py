@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,9 +31,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from calibration import ROOT, load, write_json
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvbench import CompressedCache
 from kvbench.corpus import document
@@ -42,7 +42,6 @@ from kvbench.policies import Full, KVTuner, Policy, Quantizer, Step
 from kvbench.policies.store import Codec
 from kvbench.tasks.sample import bos, encode
 
-ROOT = Path(__file__).resolve().parents[1]
 PAIRS = tuple(product((2, 4, 8), repeat=2))
 Pair = tuple[int, int]
 
@@ -175,7 +174,7 @@ def search(model: PreTrainedModel, rows: Sequence[list[int]], args: argparse.Nam
             for row in rows[len(done) :]:
                 done.append(measure(model, torch.tensor([row], device=model.device), policies, bar.update))
                 state["seconds"] = time.time() - begin
-                write(state_file, state)
+                write_json(state_file, state)
 
     run("alone", [Alone(KVTuner(pairs=(p,), **shape), i) for i in range(len(layers)) for p in PAIRS], "each layer")
     full = mean(loss for loss, _ in state["alone"])
@@ -208,12 +207,6 @@ def mean(numbers: Any) -> float:
     return sum(numbers) / len(numbers)
 
 
-def write(path: Path, content: Any) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, path)
-
-
 SETTINGS = (
     "model", "text", "documents", "length", "bits", "mode", "group_size", "residual", "candidates", "seed", "dtype",
 )  # fmt: skip
@@ -243,19 +236,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not 2 <= args.bits <= 8:
         parser.error(f"--bits must be from 2 to 8, got {args.bits:g}")
     args.out = args.out or ROOT / "kvbench" / "assets" / "kvtuner" / "proving.json"
-    args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    source = ROOT / "kvbench" / "assets" / "proving" if args.model == "proving" else args.model
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, args.dtype))
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    tokenizer, model = load(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found = search(model, texts(tokenizer, args), args)
-    write(args.out, found)
+    write_json(args.out, found)
     args.out.with_suffix(".state").unlink(missing_ok=True)
     for layer, number in enumerate(found["search"]["layers"]):
         print(f"layer {number:3d}  K{found[str(layer)]['nbits_key']} V{found[str(layer)]['nbits_value']}")
