@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from bench_sweep import stacks
+from tqdm import tqdm
 
 from kvbench.engine import context_limit, run_stacks
 from kvbench.policies import Policy
@@ -98,10 +99,9 @@ def measure(model: Any, tokenizer: Any, tasks: list[Ruler], singles: int, batch_
     alone(tasks[0], chosen[0])  # warm-up
     rows, single = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for task in tasks:
-            single += [
-                alone(task, stack) for of, stack in timed if of is task
-            ]  # interleaved: a slow machine slows both
+        for task in tqdm(tasks, "tasks"):
+            # Interleaved: a slow machine slows both.
+            single += [alone(task, stack) for of, stack in timed if of is task]
             rows.append(together(model, tokenizer, task, chosen, limit, batch_size, Path(folder)))
     total = sum(row["seconds"] for row in rows)
     parts = {part: round(sum(row[part] for row in rows), 2) for part in rows[0] if part not in ("task", "length")}
