@@ -59,6 +59,7 @@ class Run:
     checks: dict[str, Any] = field(default_factory=dict)
     infeasible: str | None = None
     seconds: float = 0.0
+    fallbacks: list[str] = field(default_factory=list)  # why kernels that were to run did not
 
     def add(self, part: Run) -> None:
         """Takes in what another batch of the same stack gave; a sample that it repeats is replaced."""
@@ -70,6 +71,7 @@ class Run:
         if "fired" in self.checks:
             self.checks["fired"] = fired
         self.seconds += part.seconds
+        self.fallbacks = sorted({*self.fallbacks, *part.fallbacks})
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class Prompt:
 
     @cached_property
     def sha256(self) -> str:
-        parts = [self.prefix, self.held_back, self.target, *self.turns]
+        then = [self.sample.then.query] if self.sample.then else []
+        parts = [self.prefix, self.held_back, self.target, *self.turns, *then]
         return hashlib.sha256(str(parts).encode()).hexdigest()
 
     def at(self, turn: int) -> Sample:
@@ -99,7 +102,7 @@ class Prompt:
         further = self.sample.turns[turn - 1]
         return replace(
             self.sample, query=further.query, answer_prefix=further.answer_prefix, references=further.references,
-            max_new_tokens=further.max_new_tokens, turns=(),
+            max_new_tokens=further.max_new_tokens, turns=(), meta={**self.sample.meta, "turn": turn},
         )  # fmt: skip
 
 
@@ -325,6 +328,8 @@ class _Writer:
         self.done = self.truncated = False
         self.trace: list[int] = []  # bytes held, every so many tokens
         self.now = (0, 0, 0)  # `_bytes_now` when the answer was done
+        self.likelihoods: list[float] = []  # log p of each choice
+        self._choices = sample.choice_tokens(tokenizer)
         self._tokenizer, self._ends = tokenizer, ends
         self._temperature, self._top_p = getattr(task, "temperature", 0.0), getattr(task, "top_p", 1.0)
         self._dice = rng_for(getattr(task, "seed", 0), sample.sample_id, sample.query, "dice")
@@ -336,6 +341,10 @@ class _Writer:
         """The next token, by its logits [V]."""
         if len(self.tokens) < self.sample.min_new_tokens:
             logits = logits.index_fill(0, torch.tensor(self._banned, device=logits.device), -math.inf)
+        if self._choices:
+            likely = logits.float().log_softmax(-1)[self._choices]
+            self.likelihoods = likely.tolist()
+            return self._choices[int(likely.argmax())]
         if not self._temperature:
             return int(logits.argmax())
         likely, order = (logits.float() / self._temperature).softmax(-1).sort(descending=True, stable=True)
@@ -353,9 +362,10 @@ class _Writer:
         self.tokens.append(token)
         recent = self.tokens[max(sample.min_new_tokens, len(self.tokens) - self._window) :] if sample.stop else []
         stopped = bool(recent) and any(stop in self._tokenizer.decode(recent) for stop in sample.stop)
-        self.truncated = len(self.tokens) >= sample.max_new_tokens and not stopped
-        self.done = stopped or self.truncated
-        if self.truncated:
+        full = len(self.tokens) >= sample.max_new_tokens and not stopped
+        self.truncated = full and not self._choices
+        self.done = stopped or full
+        if full:
             self.unfed = [token]  # else it completes a stop, which is no part of the history
         return self.done
 
@@ -403,7 +413,19 @@ def _converse(
             else:
                 said = {"gold": _gold(writers[i].sample, tokenizer), "own": writers[i].unfed, "none": []}[history]
                 feed.append([*said, *question])
-    return [_outcome(task, row) for row in answers]
+    return [_outcome(task, row, _second_call(model, tokenizer, task, row[0])) for row in answers]
+
+
+def _second_call(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, first: _Writer
+) -> _Writer | None:
+    """What is said to `Sample.then`, if there is one."""
+    if (sample := first.sample.second_call(first.text)) is None:
+        return None
+    ids, mask = left_pad([[token for part in sample.segments(tokenizer) for token in part]], model.device)
+    cache = CompressedCache(model, Full())
+    logits = forward(model, cache, ids, mask, logits=1)
+    return _generate(model, tokenizer, task, cache, logits, mask, [sample])[0][0]
 
 
 def _gold(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -454,15 +476,20 @@ def _generate(
     return writers, mask
 
 
-def _outcome(task: Task, row: list[_Writer]) -> dict[str, Any]:
-    """What a row has written, at all its turns, and how good it is."""
-    texts = [writer.text for writer in row]
-    scores = [task.score(writer.sample, text) for writer, text in zip(row, texts, strict=True)]
+def _outcome(task: Task, row: list[_Writer], second: _Writer | None) -> dict[str, Any]:
+    """What a row has written, at all its turns, and how good it is; of a second call, only that answer counts."""
+    scored = row if second is None else [second]
+    texts = [writer.text for writer in scored]
+    scores = [task.score(writer.sample, text) for writer, text in zip(scored, texts, strict=True)]
     tokens = [token for writer in row for token in writer.tokens]
     held = [nbytes for writer in row for nbytes in (*writer.trace, writer.now[0])]
     details: dict[str, Any] = {}
     if hasattr(task, "details"):
-        details |= task.details(row[0].sample, texts[0])
+        details |= task.details(scored[0].sample, texts[0])
+    if second is not None:
+        details["first_answer"] = row[0].text
+    if likelihoods := scored[0].likelihoods:
+        details["choice_logp"] = likelihoods
     if hasattr(task, "history"):
         details |= {"turn_scores": scores, "turn_predictions": texts}
     if hasattr(task, "trace"):
@@ -472,7 +499,7 @@ def _outcome(task: Task, row: list[_Writer]) -> dict[str, Any]:
         "prediction": texts[0],
         "score": sum(scores) / len(scores),
         "nll": None,
-        "n_generated": len(tokens),
+        "n_generated": len(tokens) + (0 if second is None else len(second.tokens)),
         "truncated": any(writer.truncated for writer in row),
         "finals": row[-1].now,
         "kv_bytes_peak": max(held),

@@ -77,7 +77,7 @@ def prepare(
         if context_limit is not None and len(tokens) + new > context_limit:
             raise ValueError(
                 f"{name}: {len(tokens)} prompt tokens + {new} new ones exceed the model's context of {context_limit}; "
-                "use a smaller task.length or another model"
+                f"use a smaller task.{_length_field(task)} or another model"
             )
         spans = zip(made.needle[::2], made.needle[1::2], strict=True)
         needle = tuple((begin, min(end, len(prefix))) for begin, end in spans if begin < len(prefix))
@@ -85,6 +85,14 @@ def prepare(
     if not prompts:
         raise ValueError(f"task {task.name} has no samples")
     return prompts
+
+
+def _length_field(task: Task) -> str:
+    """The field of a task that makes its prompts shorter; `length` may also be the name of a bin (LongBench v2)."""
+    if (inner := getattr(task, "of", None)) is not None:
+        return f"of.{_length_field(inner)}"
+    names = "max_length", "limit", "length", "lengths", "prefix", "period", "shots"
+    return next((name for name in names if hasattr(task, name)), "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,7 @@ def _build(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Tokenized]:
     built = []
     for sample in task.samples(tokenizer):
         segments = sample.segments(tokenizer)
+        sample.choice_tokens(tokenizer)  # refuses what this tokenizer cuts
         known = sample.references[0] if task.kind != "generate" and sample.references else ""
         target = encode(tokenizer, known)
         needle = [at for span in needle_tokens(sample, tokenizer, len(segments[0])) for at in span]
@@ -248,7 +257,10 @@ def _read(path: Path) -> list[Tokenized] | None:
 
 def _sample(values: dict[str, Any]) -> Sample:
     """A sample from JSON."""
-    turns = tuple(Turn(**{**turn, "references": tuple(turn["references"])}) for turn in values["turns"])
-    return Sample(
-        **{**values, "references": tuple(values["references"]), "stop": tuple(values["stop"]), "turns": turns}
-    )
+
+    def turn(of: dict[str, Any]) -> Turn:
+        return Turn(**{**of, "references": tuple(of["references"])})
+
+    lists = {name: tuple(values[name]) for name in ("references", "stop", "choices")}
+    then = values["then"] and turn(values["then"])
+    return Sample(**{**values, **lists, "turns": tuple(map(turn, values["turns"])), "then": then})

@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvbench.engine import prepare, run_stacks
 from kvbench.policies import Full, StreamingLLM
 from kvbench.tasks import LongBench, LongBenchV2
 from kvbench.tasks import longbench as lb
 from kvbench.tasks import longbench_metrics as metrics
-from kvbench.tasks.longbench_v2 import VARIANTS, chosen_letter
+from kvbench.tasks.longbench import HEADLINE, HEADLINE_15
+from kvbench.tasks.longbench_v2 import DIGESTS, VARIANTS, chosen_letter
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not (SHARED / "longbench").is_dir(), reason="needs ../shared/data beside the checkout")
@@ -91,6 +93,8 @@ def test_a_prompt_that_is_not_official_is_refused(monkeypatch):
 def test_lists_of_tasks():
     assert len(lb.SUBTASKS) == 21 and len(lb.E_SUBTASKS) == 13 and len(lb.KV_SUBTASKS) == 16
     assert {*lb.E_SUBTASKS} < {*lb.KV_SUBTASKS} < {*lb.SUBTASKS}
+    assert HEADLINE[0] == "longbench_narrativeqa" and len({*HEADLINE}) == 16
+    assert {*HEADLINE} - {*HEADLINE_15} == {"longbench_passage_count"} and len(HEADLINE_15) == 15
     chinese = {"multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh"}
     assert {*lb.SUBTASKS} - {*lb.KV_SUBTASKS} == chinese
 
@@ -432,10 +436,15 @@ def test_task_scores():
         (lambda: LongBench("narrativeqa", e=True), "subtask='narrativeqa' is not one of qasper, multifieldqa_en,"),
         (lambda: LongBench(chat="yes"), "chat='yes' is not one of auto, always, never"),
         (lambda: LongBench(segment_style="x"), "segment_style='x' is not one of template, kvpress"),
-        (lambda: LongBench(source="x"), "source='x' is not one of auto, file, hub"),
+        (lambda: LongBench(source="x"), "source='x' is not one of auto, file, hub, hub@<revision>"),
+        (lambda: LongBench(source="file@x"), "source='file@x' is not one of auto, file, hub, hub@<revision>"),
+        (lambda: LongBenchV2(source="hub@"), "source='hub@' is not one of auto, file, hub, hub@<revision>"),
         (lambda: LongBench(max_length=1), "max_length=1: must be a number, at least 2"),
         (lambda: LongBench(count=0), "count=0: must be a number, at least 1"),
         (lambda: LongBenchV2(variant="cot"), "variant='cot' is not one of 0shot, 0shot_no_context"),
+        (lambda: LongBenchV2(variant="0shot_rag"), "retrieved=None: say how many chunks for variant=0shot_rag"),
+        (lambda: LongBenchV2(retrieved=4), "retrieved=4: say how many chunks for variant=0shot_rag, and only for it"),
+        (lambda: LongBenchV2("0shot_cot", letters=True), "letters=true reads the choice at once"),
         (lambda: LongBenchV2(length="tiny"), "length='tiny' is not one of None, short, medium, long"),
         (lambda: LongBenchV2(temperature=-1), "temperature=-1: must be a number, 0 to 2"),
         (lambda: LongBenchV2(seed=-1), "seed=-1: must be a number, at least 0"),
@@ -453,7 +462,8 @@ def test_each_task_has_its_config():
         for subtask in subtasks:
             config = yaml.safe_load((folder / f"{base}_{subtask}.yaml").read_text(encoding="utf-8"))
             assert config == {"defaults": [base, "_self_"], "subtask": subtask}
-    others = {"longbench_e", "longbench_v2", *(f"longbench_e_{subtask}" for subtask in lb.E_SUBTASKS)}
+    v2 = {"longbench_v2", "longbench_v2_cot", "longbench_v2_letters", "longbench_v2_no_context"}
+    others = {"longbench_e", *v2, *(f"longbench_e_{subtask}" for subtask in lb.E_SUBTASKS)}
     assert {p.stem for p in folder.glob("longbench_*.yaml")} - others == {f"longbench_{x}" for x in lb.SUBTASKS}
 
 
@@ -464,7 +474,10 @@ def test_configs_make_the_tasks():
             (["task=longbench_e_repobench-p"], "longbench_e_repobench-p"),
             (["task=longbench", "task.subtask=2wikimqa", "task.segment_style=kvpress"], "longbench_kvpress_2wikimqa"),
             (["task=longbench_v2", "task.length=short"], "longbench_v2_short"),
-            (["task=longbench_v2", "task.variant=0shot_no_context"], "longbench_v2_no_context"),
+            (["task=longbench_v2_no_context", "task.letters=true"], "longbench_v2_no_context_letters"),
+            (["task=longbench_v2_cot", "task.length=long"], "longbench_v2_long_cot"),
+            (["task=longbench_v2_letters"], "longbench_v2_letters"),
+            (["task=longbench_v2", "task.variant=0shot_rag", "task.retrieved=16"], "longbench_v2_rag16"),
         ):
             assert hydra.utils.instantiate(hydra.compose("config", overrides=overrides).task).name == name
 
@@ -600,3 +613,106 @@ def test_v2_answers(v2, tokenizer, answer, letter):
     sample = replace(LongBenchV2().samples(tokenizer)[0], references=("B",))
     assert LongBenchV2().score(sample, answer) == float(letter == "B")
     assert LongBenchV2().details(sample, answer) == {"compensated": 0.25 if letter is None else float(letter == "B")}
+
+
+def test_v2_letters_are_chosen_by_likelihood_on_the_compressed_cache(v2, folder, tiny):
+    """Against the log-probabilities of a plain forward; a cache of four tokens gives others."""
+    model, tokenizer = tiny
+    task = LongBenchV2(letters=True)
+    (folder / "longbench_v2" / "data.json").write_text(json.dumps([{**V2_ROW, "context": "So it was. " * 20}]))
+    (sample,) = task.samples(tokenizer)
+    assert sample.prompt.endswith('here)".\n\nThe correct answer is (') and sample.max_new_tokens == 1
+    assert task.name == "longbench_v2_letters" and sample.choices == ("A", "B", "C", "D")
+    full, harsh = run_stacks(model, tokenizer, task, [Full(), StreamingLLM(budget=4)])
+    ids = torch.tensor([sum(sample.segments(tokenizer), [])])
+    expected = model(ids).logits[0, -1].log_softmax(-1)[sample.choice_tokens(tokenizer)].tolist()
+    (row,) = full.rows
+    assert row["details"]["choice_logp"] == pytest.approx(expected, abs=1e-4)
+    assert row["prediction"] == "ABCD"[expected.index(max(expected))] and row["truncated"] is False
+    assert row["score"] == float(row["prediction"] == "A") == row["details"]["compensated"]
+    assert harsh.rows[0]["details"]["choice_logp"] != pytest.approx(expected, abs=1e-2)
+    assert [task.score(sample, said) for said in ("A", " A", "B", "The correct answer is (A)")] == [1, 1, 0, 0]
+
+
+def test_choices_of_several_tokens_are_refused(v2, tokenizer):
+    sample = replace(LongBenchV2(letters=True).samples(tokenizer)[0], choices=("A", "BB"))
+    with pytest.raises(ValueError, match="^longbench_v2_letters-q1: the choices A, BB must be one token each$"):
+        sample.choice_tokens(tokenizer)
+
+
+def test_v2_letters_begin_the_reply_of_a_chat_model(v2, chat_tokenizer):
+    sample = LongBenchV2(letters=True).samples(chat_tokenizer)[0]
+    text = chat_tokenizer.decode(sum(sample.segments(chat_tokenizer), []))
+    assert text.endswith('here)".[assistant]The correct answer is (')
+
+
+def test_v2_thinks_first_and_is_asked_for_the_choice_without_the_text(v2, folder, tiny, chat_tokenizer):
+    model, tokenizer = tiny
+    task = LongBenchV2("0shot_cot", temperature=0)
+    first, _ = task.samples(tokenizer)
+    assert first.prompt == filled(v2["0shot_cot"], V2_ROW) and first.max_new_tokens == 1024
+    second = first.second_call(" I think $Q$.\n")
+    assert second.prompt == filled(v2["0shot_cot_ans"], V2_ROW).replace("$COT$", "I think $Q$.")
+    assert "Ada." not in second.prompt and second.max_new_tokens == 128 and second.then is None
+    chat = task.samples(chat_tokenizer)[0].second_call("x")
+    assert chat_tokenizer.decode(sum(chat.segments(chat_tokenizer), [])).startswith("<s>[user]Please read")
+
+    class Short(LongBenchV2):
+        def samples(self, tokenizer):
+            return [
+                replace(s, max_new_tokens=9 + i, then=replace(s.then, max_new_tokens=7))
+                for i, s in enumerate(super().samples(tokenizer))
+            ]
+
+    short = Short("0shot_cot", temperature=0, max_length=500)
+    stacks = [Full(), StreamingLLM(budget=16)]
+    together, alone = (run_stacks(model, tokenizer, short, stacks, batch_size=size) for size in (2, 1))
+    for run, single in zip(together, alone, strict=True):
+        for sample, row, other in zip(short.samples(tokenizer), run.rows, single.rows, strict=True):
+            thought = row["details"]["first_answer"]
+            prompt = torch.tensor([sum(sample.second_call(thought).segments(tokenizer), [])])
+            out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=7, do_sample=False)
+            new = out[0, prompt.shape[1] :]
+            assert row["prediction"] == tokenizer.decode(new, skip_special_tokens=True) == other["prediction"]
+            assert row["score"] == 0 and row["details"]["compensated"] == 0.25
+            assert row["n_generated"] <= sample.max_new_tokens + 7 and "turn_scores" not in row["details"]
+    assert together[0].rows[0]["details"]["first_answer"] != together[1].rows[0]["details"]["first_answer"]
+
+
+def test_v2_second_call_is_in_the_hash_and_survives_the_disk(v2, tokenizer, tmp_path):
+    task = LongBenchV2("0shot_cot")
+    made, kept = (prepare_v2(task, tokenizer, folder=tmp_path / "kept") for _ in range(2))
+    assert [p.sample for p in made] == [p.sample for p in kept] and kept[0].sample.then is not None
+    other = replace(made[0], sample=replace(made[0].sample, then=None))
+    assert other.sha256 != made[0].sha256 == kept[0].sha256
+    letters = prepare_v2(LongBenchV2(letters=True), tokenizer, folder=tmp_path / "kept")
+    assert prepare_v2(LongBenchV2(letters=True), tokenizer, folder=tmp_path / "kept")[0].sample == letters[0].sample
+
+
+def prepare_v2(task, tokenizer, **options):
+    return prepare(task, tokenizer, query_aware=False, context_limit=None, **options)
+
+
+def test_v2_retrieved_chunks_stand_in_the_order_of_the_text(v2, folder, tokenizer):
+    found = [{"content": text, "c_idx": at} for text, at in (("third ", 30), ("first", 2), ("unused", 1))]
+    rows = [{**V2_ROW, "retrieved_context": found}]
+    (folder / "longbench_v2" / "data.json").write_text(json.dumps(rows))
+    (sample,) = LongBenchV2("0shot_rag", retrieved=2).samples(tokenizer)
+    text = "Retrieved chunk 1: first\n\nRetrieved chunk 2: third"
+    assert sample.prompt == filled(v2["0shot_rag"], {**V2_ROW, "context": text})
+    assert sample.sample_id == "longbench_v2_rag2-q1" and sample.max_new_tokens == 128
+    (folder / "longbench_v2" / "data.json").write_text(json.dumps([V2_ROW]))
+    with pytest.raises(ValueError, match="^longbench_v2_rag2 row q1: needs retrieved_context, .* set task.path$"):
+        LongBenchV2("0shot_rag", retrieved=2).samples(tokenizer)
+
+
+def test_v2_prompts_are_pinned_by_their_hash(v2):
+    for name, beginning in DIGESTS.items():
+        assert lb.digest(v2[name]).startswith(beginning)
+
+
+def test_too_long_a_prompt_names_the_field_that_helps(folder, v2, tokenizer):
+    write(folder / "longbench" / "hotpotqa.jsonl", [{**ROW, "context": "x" * 900}])
+    for task in (LongBench("hotpotqa", max_length=10**6), LongBenchV2()):
+        with pytest.raises(ValueError, match="context of 300; use a smaller task.max_length or another model$"):
+            prepare(task, tokenizer, query_aware=False, context_limit=300)

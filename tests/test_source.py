@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from kvbench.tasks.source import Hub, SourceError, Url, data_folder, load, read
+from kvbench.tasks.source import Hub, SourceError, Url, data_folder, load, noted, read
 
 ROWS = [{"q": "a\u2028b", "n": 1}, {"q": "é", "n": 2}]
 NAMES = ("test.jsonl", "data.zip/data/test.jsonl")
@@ -112,6 +112,13 @@ def test_auto_turns_to_the_hub_only_without_a_file(folder, hub):
     assert load("things", NAMES, HUB, source="hub") == [{"q": "hub"}]
 
 
+def test_a_revision_of_the_hub_is_asked_for_and_is_no_local_file(folder, hub):
+    (folder / "test.jsonl").write_text(lines(ROWS), encoding="utf-8")
+    with noted() as reads:
+        assert load("things", NAMES, HUB, source="hub@v1.2", path=folder) == [{"q": "hub"}]
+    assert hub[-1][1] == {"split": "test", "revision": "v1.2"} and [r.identity() for r in reads] == ["hub"]
+
+
 def test_a_file_of_a_hub_repository(tmp_path, monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     local = archive(tmp_path / "blob.zip", {"data/test.jsonl": lines(ROWS)})
@@ -143,8 +150,8 @@ def test_without_file_and_network_one_line_says_what_to_do(folder, monkeypatch):
         load("things", NAMES, HUB)
     page = "https://huggingface.co/datasets/someone/things"
     assert str(error.value) == (
-        f"things: no test.jsonl or data.zip in {folder}, and {page} failed: cannot reach the Hub; "
-        f"store {page} as {folder}/test.jsonl, or set KVBENCH_DATA or task.path"
+        f"things: no test.jsonl or data.zip in {folder}, and {page}/tree/abc failed: cannot reach the Hub; "
+        f"store {page}/tree/abc as {folder}/test.jsonl, or set KVBENCH_DATA or task.path"
     )
     with pytest.raises(
         SourceError, match=rf"; store http.*/resolve/main/data.zip as {folder}/data.zip, or set .* or use"
@@ -175,5 +182,5 @@ def test_what_cannot_be_read_is_named(folder, name, text, line):
 
 
 def test_unknown_source_is_refused():
-    with pytest.raises(SourceError, match="^source='web' is not one of auto, file, hub$"):
+    with pytest.raises(SourceError, match="^source='web' is not one of auto, file, hub, hub@<revision>$"):
         load("things", NAMES, HUB, source="web")

@@ -1,11 +1,12 @@
 """Tasks: the same prompt whatever else is drawn, needles where they are said to be, nothing longer than asked."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
+from kvbench import tasks
 from kvbench.tasks import Niah, Ppl, Recall, Sample
 from kvbench.tasks.sample import bos, check, encode, exact_value, largest, place, values_found
 
@@ -267,3 +268,19 @@ def test_shipped_model_recalls(tokenizer):
         )
         scores.append(task.score(sample, tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
     assert sum(scores) / len(scores) >= 0.8
+
+
+def test_every_field_of_a_task_can_be_set_on_the_command_line():
+    """Hydra overrides only what a file names; `name` is for two tasks of one class in a folder of results."""
+    yaml = pytest.importorskip("yaml")
+    seen = set()
+    for file in sorted((Path(__file__).resolve().parents[1] / "conf" / "task").glob("*.yaml")):
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if "_target_" not in config:
+            assert config["defaults"][1] == "_self_", f"{file.name} builds on a file that names the task"
+            continue
+        task = getattr(tasks, config["_target_"].removeprefix("kvbench.tasks."))
+        seen.add(task)
+        missing = {f.name for f in fields(task) if f.init} - {*config} - {"name"}
+        assert not missing, f"{file.name} lacks {missing}"
+    assert {task.__name__ for task in seen} == {*tasks.__all__} - {"Sample", "Turn"}

@@ -10,6 +10,7 @@ from kvbench.tasks.longbench import LongBench
 from kvbench.tasks.longbench_v2 import LongBenchV2
 from kvbench.tasks.multi_query import MultiQuery
 from kvbench.tasks.niah import Niah
+from kvbench.tasks.niah_sentence import NiahSentence
 from kvbench.tasks.ppl import Ppl
 from kvbench.tasks.recall import Recall
 from kvbench.tasks.ruler import Ruler
@@ -25,6 +26,7 @@ __all__ = [
     "Math",
     "MultiQuery",
     "Niah",
+    "NiahSentence",
     "Ppl",
     "Recall",
     "Recite",

@@ -58,7 +58,7 @@ class FidelityOf:
         return [
             replace(
                 sample, sample_id=f"{self.name}-{self.tokens}-{sample.sample_id}", task=self.name, references=(),
-                stop=(), turns=(), max_new_tokens=self.tokens, min_new_tokens=1,
+                stop=(), choices=(), turns=(), then=None, max_new_tokens=self.tokens, min_new_tokens=1,
             )
             for sample in self.of.samples(tokenizer)
         ]  # fmt: skip

@@ -2,19 +2,21 @@
 
 After Kamradt 2023, https://github.com/gkamradt/LLMTest_NeedleInAHaystack (original). Deviations from it:
 - needles are values drawn for each prompt, which are scored by exact match, instead of one sentence that is graded by
-  a model; the sentences around them, and the question, are our own.
+  a model; the sentences around them, and the question, are our own. Its own sentence: `kvbench.tasks.NiahSentence`.
 - a needle stands after the last sentence that ends before `depth` percent of the essays' letters, not of their tokens;
   in generated text, whose sentences are all alike, at `depth` percent of the sentences.
-- depths are as given; they are not spaced by a sigmoid.
+- the depths of "sigmoid:35" run from shallow to deep; in the original they are the same ones, from deep to shallow.
 - several needles hold values of one key, all asked for at once; the score is the share of them in the answer.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain, cycle, islice
+from itertools import chain, cycle, islice, product
 from typing import TYPE_CHECKING, ClassVar
 
 from kvbench.corpus import pairs, rng_for
@@ -32,7 +34,7 @@ from kvbench.tasks.sample import (
     haystack,
     values_found,
 )
-from kvbench.tasks.source import SOURCES, load, remembered
+from kvbench.tasks.source import check_source, load, remembered
 
 if TYPE_CHECKING:
     import random
@@ -67,8 +69,10 @@ MANY = Wording(
 class Niah:
     """The grid lengths x depths x repeats, in this order.
 
-    lengths: tokens of prompt and answer together
-    depths: place of the needle in percent of the haystack; 0 is the very beginning, 100 the very end
+    lengths: tokens of prompt and answer together; "1000-16000:35" (the original's): 35 evenly spaced ones, rounded
+    depths: place of the needle in percent of the haystack; 0 is the very beginning, 100 the very end. "linear:35" (the
+        original's): 35 evenly spaced ones, rounded; "sigmoid:35": 100 / (1 + exp(-0.1 (x - 50))) of evenly spaced x,
+        denser at the ends, with 0 and 100 themselves
     repeats: prompts per cell; each has its own haystack, key and values. Fewer than 5 make a heat map of luck
     seed: data seed; a prompt is a function of (seed, name, length, depth and repeat), whatever else is in the grid
     needles: the first at the depth d, the others at steps of (100 - d) / needles behind it
@@ -80,8 +84,8 @@ class Niah:
 
     kind: ClassVar[str] = "generate"
 
-    lengths: tuple[int, ...] = (512, 1024, 2048)
-    depths: tuple[float, ...] = (0, 25, 50, 75, 100)
+    lengths: tuple[int, ...] | str = (512, 1024, 2048)
+    depths: tuple[float, ...] | str = (0, 25, 50, 75, 100)
     repeats: int = 5
     seed: int = 0
     needles: int = 1
@@ -93,25 +97,18 @@ class Niah:
     name: str = "niah"
 
     def __post_init__(self) -> None:
-        for field in ("lengths", "depths"):
-            if not getattr(self, field):
-                raise ValueError(f"{field} is empty: give at least one")
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        for length in self.lengths:
-            check("lengths", length, 1, None)
-        for depth in self.depths:
-            check("depths", depth, 0, 100)
+        object.__setattr__(self, "lengths", given_lengths(self.lengths))
+        object.__setattr__(self, "depths", given_depths(self.depths))
         check("repeats", self.repeats, 1, 10_000)
         check("needles", self.needles, 1, 100)
         check("seed", self.seed, 0, None)
-        for option, allowed in (
-            ("value", VALUES), ("haystack", HAYSTACKS), ("source", SOURCES), ("chat", MODES)
-        ):  # fmt: skip
+        for option, allowed in (("value", VALUES), ("haystack", HAYSTACKS), ("chat", MODES)):
             if getattr(self, option) not in allowed:
                 raise ValueError(f"{option}={getattr(self, option)!r} is not one of {', '.join(allowed)}")
+        check_source(self.source)
 
     def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-        grid = [(n, d, r) for n in self.lengths for d in self.depths for r in range(self.repeats)]
+        grid = product(given_lengths(self.lengths), given_depths(self.depths), range(self.repeats))
         return [self._sample(tokenizer, *cell) for cell in grid]
 
     def score(self, sample: Sample, prediction: str) -> float:
@@ -123,7 +120,8 @@ class Niah:
         if self.haystack == "generated":
             text, wording = haystack(rng, length), Wording(room=2 if self.needles == 1 else MANY.room)
         else:
-            text, wording = self._essays(rng, length, tokenizer), ONE if self.needles == 1 else MANY
+            text = essay_sentences(rng, length, tokenizer, self.source, self.path)
+            wording = ONE if self.needles == 1 else MANY
         (key,) = draw_keys(rng, 1, hard=False, taken="".join(text))
         step = (100 - depth) / self.needles
         return fitted(
@@ -141,16 +139,56 @@ class Niah:
             by_sentence=self.haystack == "generated",
         )
 
-    def _essays(self, rng: random.Random, length: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Sentences from a random one on, again from the first where they end: at least `length` tokens."""
-        sentences = _sentences(self.source, self.path)
-        at = rng.randrange(len(sentences))
-        endless, text, tokens = chain(sentences[at:], cycle(sentences)), [], 0
-        while tokens < length:
-            more = list(islice(endless, 1 + length // 20))
-            tokens += len(encode(tokenizer, "".join(more)))
-            text += more
-        return [text[0].lstrip(), *text[1:]]
+
+def given_lengths(lengths: Iterable[int] | str) -> tuple[int, ...]:
+    """Lengths as listed, or by "1000-16000:35"; see `Niah`."""
+    if isinstance(lengths, str):
+        found = re.fullmatch(r"(\d+)-(\d+):(\d+)", lengths)
+        if found is None or (count := int(found[3])) < 2:
+            raise ValueError(f"lengths={lengths!r}: give a list, or shortest-longest:count, such as 1000-16000:35")
+        lengths = [round(n) for n in _evenly(int(found[1]), int(found[2]), count)]
+    for length in (given := tuple(lengths)):
+        check("lengths", length, 1, None)
+    if not given:
+        raise ValueError("lengths is empty: give at least one")
+    return given
+
+
+def given_depths(depths: Iterable[float] | str) -> tuple[float, ...]:
+    """Depths as listed, or by "linear:35" or "sigmoid:35"; see `Niah`."""
+    if isinstance(depths, str):
+        found = re.fullmatch(r"(linear|sigmoid):(\d+)", depths)
+        if found is None or (count := int(found[2])) < 2:
+            raise ValueError(f"depths={depths!r}: give a list, linear:count or sigmoid:count, such as linear:35")
+        even = _evenly(0, 100, count)
+        depths = [_sigmoid(x) if found[1] == "sigmoid" else round(x) for x in even]
+    for depth in (given := tuple(depths)):
+        check("depths", depth, 0, 100)
+    if not given:
+        raise ValueError("depths is empty: give at least one")
+    return given
+
+
+def _evenly(first: float, last: float, count: int) -> list[float]:
+    return [first + (last - first) * i / (count - 1) for i in range(count)]
+
+
+def _sigmoid(x: float) -> float:
+    return x if x in (0, 100) else round(100 / (1 + math.exp(-0.1 * (x - 50))), 3)
+
+
+def essay_sentences(
+    rng: random.Random, length: int, tokenizer: PreTrainedTokenizerBase, source: str, path: str | None
+) -> list[str]:
+    """Sentences from a random one on, again from the first where they end: at least `length` tokens."""
+    sentences = _sentences(source, path)
+    at = rng.randrange(len(sentences))
+    endless, text, tokens = chain(sentences[at:], cycle(sentences)), [], 0
+    while tokens < length:
+        more = list(islice(endless, 1 + length // 20))
+        tokens += len(encode(tokenizer, "".join(more)))
+        text += more
+    return [text[0].lstrip(), *text[1:]]
 
 
 @remembered

@@ -40,7 +40,7 @@ from kvbench.tasks import ruler_texts as texts
 from kvbench.tasks.chat import MODES, wants_chat
 from kvbench.tasks.ruler_drafts import Cwe, Family, Fwe, Niah, Qa, Setup, Vt
 from kvbench.tasks.sample import Sample, check, encode
-from kvbench.tasks.source import SOURCES
+from kvbench.tasks.source import check_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,9 +93,7 @@ class Ruler:
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
-        for option, allowed in (
-            ("subtask", SUBTASKS), ("variant", VARIANTS), ("source", SOURCES), ("chat", MODES)
-        ):  # fmt: skip
+        for option, allowed in (("subtask", SUBTASKS), ("variant", VARIANTS), ("chat", MODES)):
             if getattr(self, option) not in allowed:
                 raise ValueError(f"{option}={getattr(self, option)!r} is not one of {', '.join(allowed)}")
         if self.variant == "ruler_proving" and not self.subtask.startswith("niah_"):
@@ -103,6 +101,7 @@ class Ruler:
         check("length", self.length, 256, None)
         check("count", self.count, 1, None)
         check("seed", self.seed, 0, None)
+        check_source(self.source)
         object.__setattr__(self, "name", f"{self.variant}_{self.subtask}")
 
     def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 NUMBERS_PER_VALUE = 3
 QUERY = "\nquestion : which code for {key} ?\n"
 ANSWER_PREFIX = "answer : code for {key}"
+ANSWER = "$COT$"  # in the query of `Sample.then`: what was said before
 NOTE = "note : code for {key} {value} ."
 
 
@@ -57,7 +58,10 @@ class Sample:
     length: requested tokens, answer included
     chat: whether context + query are the user's message to a chat model, and the answer prefix begins its reply
     min_new_tokens: so many tokens are generated before a stop counts
+    choices: texts of one token each, of which the likeliest is the answer; nothing else can be said
     turns: further questions
+    then: a second call, once the answer is written: its query, with that answer in place of ANSWER, is asked by itself,
+        without the context and of an uncompressed cache; what is said to it is scored instead
     meta: values of JSON. cluster (samples of one share a context); depth in percent (as asked for, or else as measured
         in tokens of the context without the needle); needle_span or needle_spans: characters (begin, end) of `context`
         that hold the answer, so that a miss can be told to be evicted or unread; truncated_tokens; seed, ...
@@ -74,7 +78,9 @@ class Sample:
     length: int = 0
     chat: bool = False
     min_new_tokens: int = 0
+    choices: tuple[str, ...] = ()
     turns: tuple[Turn, ...] = ()
+    then: Turn | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -93,6 +99,22 @@ class Sample:
         """Token ids of a further question, from the end of the answer before it, and of its answer prefix."""
         again, after = (between_turns(tokenizer), chat_frame(tokenizer)[1]) if self.chat else ("", "")
         return encode(tokenizer, again + turn.query + after), encode(tokenizer, turn.answer_prefix)
+
+    def choice_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The token of each choice."""
+        ids = [encode(tokenizer, choice) for choice in self.choices]
+        if any(len(tokens) != 1 for tokens in ids) or len({tokens[0] for tokens in ids}) < len(ids):
+            raise ValueError(f"{self.sample_id}: the choices {', '.join(self.choices)} must be one token each")
+        return [tokens[0] for tokens in ids]
+
+    def second_call(self, answer: str) -> Sample | None:
+        """What `then` asks after this answer, as a sample by itself."""
+        if (then := self.then) is None:
+            return None
+        return replace(
+            self, context="", query=then.query.replace(ANSWER, answer.strip()), answer_prefix=then.answer_prefix,
+            references=then.references, max_new_tokens=then.max_new_tokens, turns=(), then=None,
+        )  # fmt: skip
 
 
 def bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -3,11 +3,14 @@
 One rule for all benchmarks. Files are looked for in `$KVBENCH_DATA/<benchmark>/`, and in `./data/<benchmark>/` without
 that variable; a task's `path` names another folder, a zip archive, or the file itself. `source` is
 
-    auto    the file where there is one, else the Hub (or the address), else an error that names both
-    file    the file, no network
-    hub     the Hub (or the address), whatever lies in the folder
+    auto            the file where there is one, else the Hub (or the address), else an error that names both
+    file            the file, no network
+    hub             the Hub (or the address), whatever lies in the folder
+    hub@<revision>  the same, pinned: a branch, tag or commit of the data set (addresses are pinned by themselves).
+                    Being a field of the task, it stands in the config of every result
 
-jsonl, json, parquet and text (.txt) are read, plain or inside a zip archive; a folder stands for the .txt files in it.
+jsonl, json, parquet and text (.txt, .py) are read, plain or inside a zip archive; a folder stands for the .txt files in
+it.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from hashlib import file_digest, sha256
 from pathlib import Path, PurePosixPath
@@ -49,7 +52,7 @@ class Hub:
     def __str__(self) -> str:
         page = f"https://huggingface.co/datasets/{self.repo}"
         if self.file is None:
-            return page
+            return page if self.revision is None else f"{page}/tree/{self.revision}"
         return f"{page}/resolve/{self.revision or 'main'}/{_archive(self.file)[0]}"
 
     def rows(self, _to: Path) -> list[dict[str, Any]]:
@@ -94,7 +97,7 @@ class Read(NamedTuple):
 
     def identity(self) -> str:
         """A hash of the file that is read, or of the .txt files; "hub" where none is."""
-        found = None if self.source == "hub" else _find(Path(self.folder), self.names)
+        found = None if _is_hub(self.source) else _find(Path(self.folder), self.names)
         if found is None:
             return "hub"
         if found.is_dir() and isinstance(found, Path):
@@ -142,6 +145,17 @@ def _digest(*files: Any) -> str:
     return total.hexdigest()
 
 
+def check_source(source: str) -> None:
+    """Refuse a field `source` that is none, in one line."""
+    kind, at, revision = source.partition("@")
+    if kind not in SOURCES or (at and not (kind == "hub" and revision)):
+        raise SourceError(f"source={source!r} is not one of {', '.join(SOURCES)}, hub@<revision>")
+
+
+def _is_hub(source: str) -> bool:
+    return source.partition("@")[0] == "hub"
+
+
 def data_folder() -> Path:
     return Path(os.environ.get("KVBENCH_DATA") or "data")
 
@@ -159,17 +173,18 @@ def load(
     names: accepted file names in the benchmark's folder, the best first: "test.jsonl", "data.zip/data/x.jsonl", or "."
         for the folder's .txt files. A json file that holds one object is one row.
     """
-    if source not in SOURCES:
-        raise SourceError(f"source={source!r} is not one of {', '.join(SOURCES)}")
+    check_source(source)
+    if isinstance(remote, Hub) and (revision := source.partition("@")[2]):
+        remote = replace(remote, revision=revision)
     folder = Path(path) if path is not None else data_folder() / benchmark
-    found = None if source == "hub" else _find(folder, names)
+    found = None if _is_hub(source) else _find(folder, names)
     if (notes := _notes.get()) is not None:
         notes.append(Read(str(folder), tuple(names), source))
     if found is not None:
         return read(found)
     wanted = list(dict.fromkeys("*.txt" if name == "." else _archive(name)[0] for name in names))
     nothing = f"{benchmark}: no {' or '.join(wanted)} in {folder}"
-    if path is not None and source != "hub":
+    if path is not None and not _is_hub(source):
         raise SourceError(f"{nothing}, nor is path={folder} the file itself")
     served = str(remote).rpartition("/")[2]
     advice = f"store {remote} as {folder}/{served if served in wanted else wanted[0]}, or set KVBENCH_DATA or task.path"
@@ -194,10 +209,10 @@ def read(found: Path | zipfile.Path) -> list[dict[str, Any]]:
 
         with found.open("rb") as file:
             return read_table(file).to_pylist()
-    if kind not in (".jsonl", ".json", ".txt"):
+    if kind not in (".jsonl", ".json", ".txt", ".py"):
         raise SourceError(f"{found}: cannot read {kind or 'a file without a suffix'}; use jsonl, json, parquet or txt")
     text = found.read_text(encoding="utf-8")
-    if kind == ".txt":
+    if kind in (".txt", ".py"):
         return [{"name": found.name, "text": text}]
     try:
         if kind == ".jsonl":
