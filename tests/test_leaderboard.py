@@ -4,6 +4,7 @@ import ast
 import csv
 import hashlib
 import html
+import json
 import math
 import re
 import sys
@@ -15,10 +16,12 @@ import pytest
 
 from kvbench import leaderboard
 from kvbench.leaderboard import build, load, main_compare, main_leaderboard
+from kvbench.leaderboard.benchmarks import variant_of
 from kvbench.leaderboard.chart import chart
 from kvbench.leaderboard.needles import bins, heat
 from kvbench.leaderboard.words import column
-from kvbench.results import cell_id, write_cell
+from kvbench.results import ResultsError, Task, cell_id, write_cell
+from kvbench.tasks.longbench import KV_SUBTASKS
 
 HOSTILE = "<script>alert(1)</script>|[red]\"'`x`{{7*7}}&\x1b[31m"
 BITS = {"none": 16, "kivi4": 4.5, "kivi2": 2.5, "nvfp4": 4.5, "int8": 8.5}
@@ -305,8 +308,8 @@ def test_one_sample_tasks_work_and_claim_nothing(tmp_path):
     write(tmp_path, cell(scores=[1]), cell("a", scores=[1], memory=0.5), cell("b", scores=[0], memory=0.5))
     board = build(tmp_path, resamples=100, quiet=True)
     stacks = {s.key: s for s in board.sections[0].stacks}
-    assert stacks["b@0.5"].headline.estimate == 0 and math.isnan(stacks["b@0.5"].headline.low)
-    assert stacks["b@0.5"].rank == 2 and stacks["b@0.5"].like_best
+    assert stacks["b@0.5"].headline.estimate == 0 and stacks["b@0.5"].headline.high > 1
+    assert stacks["b@0.5"].rank == 2 and stacks["b@0.5"].like_best and not stacks["b@0.5"].differs
     assert "nan" not in (tmp_path / "leaderboard.md").read_text()
     assert "nan" not in Page((tmp_path / "index.html").read_text().split("<script>")[0]).words
 
@@ -397,7 +400,7 @@ def test_a_task_without_signal_is_not_ranked(tmp_path):
     assert {t.label: t.signal for t in section.tasks} == {"qa": False, "recall": True}
     assert stacks["a"].headline.estimate == 1 and stacks["a"].delta.estimate == 0
     assert stacks["b"].rank is not None and not stacks["b"].missing
-    assert any("No signal, so not ranked: qa (6.7 %)" in note for note in section.notes)
+    assert any("No signal, so shown but not ranked: qa (6.7 %)" in note for note in section.notes)
     assert "no signal" in leaderboard.to_html(board) and "no signal" in leaderboard.to_markdown(board)
 
 
@@ -528,10 +531,148 @@ def test_ruler_by_length_and_by_task(tmp_path):
     assert "ruler_mini length 1k" in leaderboard.to_csv(board)
 
 
-def test_variants_of_ruler_in_one_table_are_pointed_out(tmp_path):
-    write(tmp_path, ruler("vt", 512, [1] * 20), ruler("vt", 512, [1] * 20, variant="ruler"))
+def test_variants_never_meet_in_a_table(tmp_path):
+    for variant in ("ruler", "ruler_mini"):
+        write(tmp_path, ruler("vt", 512, [1] * 20, variant=variant))
+        write(tmp_path, ruler("vt", 512, [0] * 20, "h2o", variant, memory=0.5))
+    write(tmp_path, cell(scores=[1] * 20), cell("h2o", scores=[1] * 20, memory=0.5))
+    board = load(tmp_path, resamples=100)
+    assert [s.title.split(" · ")[2:] for s in board.sections] == [
+        ["query-agnostic"], ["query-agnostic", "ruler"], ["query-agnostic", "ruler ruler_mini"]
+    ]  # fmt: skip
+    assert [[t.label for t in s.tasks] for s in board.sections] == [["recall"], ["ruler_vt"], ["ruler_mini_vt"]]
+    assert "variants: ruler_mini;" in board.sections[2].caption[0] and "variants" not in board.sections[0].caption[0]
+    alone = write(tmp_path / "alone", ruler("vt", 512, [1] * 20), cell(scores=[1] * 20))
+    assert len(load(alone, resamples=100).sections) == 1  # one variant may stand beside other benchmarks
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("ruler_vt", {"variant": "ruler"}, ("ruler", "ruler")),
+        ("ruler_mini_vt", {}, ("ruler", "ruler_mini")),
+        ("ruler_vt", {}, ("ruler", "ruler")),
+        ("longbench_hotpotqa", {}, ("longbench", "longbench")),
+        ("longbench_kvpress_lcc", {}, ("longbench", "longbench_kvpress")),
+        ("longbench_e_lcc", {}, ("longbench", "longbench_e")),
+        ("longbench_v2_no_context", {"variant": "0shot_no_context"}, ("longbench_v2", "0shot_no_context")),
+        ("longbench_v2_letters", {"variant": "0shot", "letters": True}, ("longbench_v2", "0shot_letters")),
+        ("rulers", {}, None),
+        ("niah", {"variant": "x"}, None),
+    ],
+)
+def test_the_variant_of_a_task(name, fields, expected):
+    assert variant_of(Task.model_validate({"name": name, "kind": "generate", **fields})) == expected
+
+
+def test_longbench_is_reported_as_in_papers(tmp_path):
+    """The plain mean over 16 tasks, and over 15; tasks of other languages do not count; no rank decides."""
+    shares = dict(zip(KV_SUBTASKS, np.linspace(0.2, 0.8, 16), strict=True)) | {"passage_count": 0.0, "dureader": 1.0}
+    for subtask, share in shares.items():
+        task = f"longbench_{subtask}"
+        write(tmp_path, cell(scores=[share] * 20, task=task))
+        write(tmp_path, cell("h2o", scores=[share / 2] * 20, task=task, memory=0.5))
+    board, section, stacks = the_only_section(tmp_path)
+    table, rows = table_of(section, "longbench headline")
+    own = [v for k, v in shares.items() if k != "dureader"]
+    assert rows["full cache"]["Mean of 16"] == f"{100 * sum(own) / 16:.2f}"
+    assert rows["full cache"]["Mean of 15, without passage_count"] == f"{100 * sum(own) / 15:.2f}"
+    assert rows["h2o@0.5"]["Mean of 16"] == f"{50 * sum(own) / 16:.2f}"
+    assert (
+        all(subtask in table.text for subtask in KV_SUBTASKS)
+        and "Not in the mean, as in papers: dureader" in table.text
+    )
+    assert "did not run" not in table.text
+    assert not next(t for t in section.tasks if t.label == "longbench_passage_count").signal  # and yet in the mean
+    (tmp_path / "few").mkdir()
+    for subtask in ("trec", "lcc"):
+        write(tmp_path / "few", cell(scores=[0.5] * 20, task=f"longbench_{subtask}"))
+    _, section, _ = the_only_section(tmp_path / "few")
+    table, rows = table_of(section, "longbench headline")
+    assert list(rows["full cache"]) == ["Mean of 2", "95 %"] and "narrativeqa, qasper" in table.text
+
+
+def test_rulers_mean_names_its_tasks_also_at_one_length(tmp_path):
+    for name in ("niah_single_1", "vt"):
+        write(tmp_path, ruler(name, 4096, [1.0] * 15 + [0.6] * 5, variant="ruler"))
     _, section, _ = the_only_section(tmp_path)
-    assert any("not comparable" in note and "ruler, ruler_mini" in note for note in section.notes)
+    table, rows = table_of(section, "ruler by length")
+    assert rows["full cache"]["4k"].startswith("90 (") and rows["full cache"]["Effective"] == "4k"
+    assert list(rows["full cache"]) == ["4k", "Effective"]
+    assert "Tasks: niah_single_1, vt." in table.text and "niah_multivalue, niah_multiquery, cwe" in table.text
+
+
+def test_recorded_scores_decide_where_a_model_has_signal(tmp_path):
+    rows = [{"task": "ruler_mini_vt", "length": 512, "n": 20, "score": 0.05}]
+    rows += [{"task": "ruler_mini_cwe", "length": 512, "n": 20, "score": 0.9}]
+    rows += [{"task": "ruler_mini_fwe", "length": 512, "n": 0, "score": None, "reason": "too short"}]
+    file = tmp_path / "recorded.json"
+    file.write_text(json.dumps({"model": "tiny", "rows": rows}))
+    for name in ("vt", "cwe", "fwe"):
+        write(tmp_path, ruler(name, 512, [1, 1, 1, 0]), ruler(name, 512, [1, 1, 0, 0], "h2o", memory=0.5))
+        write(tmp_path, ruler(name, 512, [1, 1, 0, 0], "h2o", memory=0.5, model="other"))
+    board = load(tmp_path, resamples=100, recorded=(str(file),))
+    other, tiny = board.sections
+    assert {t.label: t.signal for t in tiny.tasks} == {
+        "ruler_mini_cwe": True,
+        "ruler_mini_fwe": True,
+        "ruler_mini_vt": False,
+    }
+    assert any("shown but not ranked: ruler_mini_vt" in note for note in tiny.notes)
+    assert all(t.signal for t in other.tasks)  # another model, of which nothing is recorded
+    assert main_leaderboard([str(tmp_path), "--resamples", "50", "--signal", str(file)]) == 0
+    for text in ("{}", "[]", "no"):
+        file.write_text(text)
+        with pytest.raises(ResultsError, match="holds no recorded scores"):
+            load(tmp_path, resamples=50, recorded=(str(file),))
+    with pytest.raises(ResultsError, match="cannot read"):
+        load(tmp_path, resamples=50, recorded=(str(tmp_path / "gone"),))
+
+
+def test_longbench_v2_by_difficulty(tmp_path):
+    rows = [sample(i, i % 2, meta={"difficulty": "easy" if i % 4 else "hard"}) for i in range(20)]
+    write(tmp_path, cell(samples=rows, task="longbench_v2", fields={"chance": 0}))
+    _, section, _ = the_only_section(tmp_path)
+    _, table = table_of(section, "By difficulty")
+    assert table["full cache"]["Easy"].startswith("66.7 (") and table["full cache"]["Hard"].startswith("0.0 (0.0 to")
+
+
+def test_an_unchanged_stack_may_still_have_lost_something(tmp_path):
+    """Thirty unchanged answers: retention has an interval, and no compression is certified as free of loss."""
+    write(tmp_path, cell(scores=[1] * 30), cell("a", scores=[1] * 30, memory=0.25, rho=0.25))
+    board, section, stacks = the_only_section(tmp_path)
+    a = stacks["a@0.25"]
+    assert a.headline.estimate == 1 and a.headline.low == pytest.approx(1 - 3.8415 / 33.8415, abs=1e-4)
+    assert stacks["full cache"].headline.low == 1  # by definition
+    assert a.tasks["recall"].score.low == pytest.approx(0.025 ** (1 / 30))
+    _, kinds = table_of(section, "What each kind of compression reaches")
+    assert kinds["Eviction alone"]["At 5 % loss"].startswith("1.0×")
+    many = tmp_path / "many"
+    write(many, cell(scores=[1] * 500), cell("a", scores=[1] * 500, memory=0.25, rho=0.25))
+    _, section, _ = the_only_section(many)
+    _, kinds = table_of(section, "What each kind of compression reaches")
+    assert kinds["Eviction alone"]["At 5 % loss"].startswith("4.0×")
+
+
+def test_few_graded_scores_are_pointed_out(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for folder, n in (("few", 30), ("many", 60)):
+        base = rng.uniform(0.3, 0.6, n)
+        write(tmp_path / folder, cell(scores=base), cell("a", scores=base - rng.uniform(0, 0.1, n)))
+        _, section, _ = the_only_section(tmp_path / folder)
+        said = any("fewer than 50 independent samples" in line for line in section.caption)
+        main_compare(["a", "full", str(tmp_path / folder), "--resamples", "100"])
+        assert said == (n < 50) == ("Fewer than 50 independent samples" in capsys.readouterr().out)
+
+
+def test_compare_counts_from_a_zero(tmp_path, capsys):
+    write(tmp_path, cell(scores=[1] * 30), cell("a", scores=[1] * 15 + [0] * 15))
+    write(tmp_path, cell("tiny", scores=[1] * 6 + [0] * 24, budget=4))
+    assert main_compare(["a", "full", str(tmp_path), "--resamples", "100", "--zero", "tiny@4tokens"]) == 0
+    assert "counting what tiny@4tokens scores as 0 (mean over tasks): a keeps 37.5 %" in capsys.readouterr().out
+    assert main_compare(["a", "full", str(tmp_path), "--resamples", "100", "--zero", "gone"]) == 0
+    said = capsys.readouterr().out
+    assert "No stack gone here" in said and "a keeps 50.0 %" in said
 
 
 def test_score_by_turn(tmp_path):
@@ -578,7 +719,7 @@ def test_long_answers_and_their_bytes(tmp_path):
     _, rows = table_of(section, "Long answers")
     assert (
         rows["h2o@0.5"]["Truncated, %"].startswith("50.0 (")
-        and rows["full cache"]["Truncated, %"] == "0.0 (0.0 to 0.0)"
+        and rows["full cache"]["Truncated, %"] == "0.0 (0.0 to 16.8)"  # 1 - 0.025^(1/20)
     )
     assert rows["h2o@0.5"]["Mean KiB"] == "2.0" and rows["h2o@0.5"]["Peak KiB"] == "4.0"
     assert rows["h2o@0.5"]["Tokens"].startswith("40.0") and rows["h2o@0.5"]["Repetition, %"] == "25.0"
@@ -757,8 +898,10 @@ def test_compare_says_what_the_data_allow(tmp_path, capsys):
     assert main_compare(["full", "h2o+kivi4@0.25", str(tmp_path), "--resamples", "500"]) == 0
     said = capsys.readouterr().out
     assert "full cache scores 40.0 points higher than h2o+kivi4@0.25" in said and "difference is real" in said
-    assert "100 paired (recall 100)" in said and "finds true differences of" in said
-    assert "25.0 % of the full cache" in said and "100.0 % of the full cache" in said
+    assert "100 paired;" in said and "finds true differences of" in said
+    assert "h2o+kivi4@0.25 25.0 % of the full cache after prefill" in said and "full cache 64.0 KiB per sample" in said
+    assert "recall (n = 100): 90.0 % against 50.0 %; +40.0 points" in said
+    assert "h2o+kivi4@0.25 keeps 55.6 % (" in said and "h2o+kivi4@0.25 may lose up to" in said
     assert main_compare(["H2O + KIVI4", "FULL", str(tmp_path), "--resamples", "500"]) == 0
     assert "40.0 points lower than full cache" in capsys.readouterr().out
     assert main_compare(["same", "full", str(tmp_path), "--resamples", "500"]) == 0
@@ -774,11 +917,13 @@ def test_compare_uses_the_exact_test_when_few_samples_flip(tmp_path, capsys):
 
 
 def test_compare_says_what_is_shown_about_equivalence(tmp_path, capsys):
-    write(tmp_path, cell(scores=[1] * 400), cell("same", scores=[1] * 400), cell("worse", scores=[0] * 40 + [1] * 360))
+    write(tmp_path, cell(scores=[1] * 398 + [0] * 2), cell("same", scores=[1] * 398 + [0] * 2))
+    write(tmp_path, cell("worse", scores=[0] * 40 + [1] * 358 + [0] * 2), cell("other", scores=[1] * 400))
     for a, b, options, said in (
         ("same", "full", [], "They are equivalent within 1 point (90 % interval"),
         ("same", "full", ["--margin", "0.5"], "Equivalence within 0.5 points is not shown"),
-        ("full", "worse", [], "full cache is not worse than worse by 1 point or more"),
+        ("full", "worse", [], "worse may lose up to 12."),
+        ("other", "full", [], "other is not worse than full cache by 1 point or more"),
         ("worse", "full", ["--margin", "20"], "equivalent within 20 points"),
     ):
         assert main_compare([a, b, str(tmp_path), "--resamples", "300", *options]) == 0

@@ -3,7 +3,8 @@
     >>> from kvbench.leaderboard import build
     >>> board = build("results", "site")                   # doctest: +SKIP
 
-A section is one model in one query mode; results of different sections never meet in a table. Within a section stacks
+A section is one model in one query mode; variants of a benchmark that are not comparable (ruler, ruler_mini) have
+sections of their own; results of different sections never meet in a table. Within a section stacks
 are ranked inside their budget group by retention, the mean over tasks of (task mean / task mean of the full 16-bit
 cache on the same samples). Without a full-cache run the rank is on raw scores, and every output says so.
 """

@@ -49,14 +49,16 @@ def _kinds(stacks: Sequence[Stack], rho: Sequence[float], retention: stats.Sampl
     for name, members in kinds.items():
         policies = [s.index for s in members]
         area = stats.hypervolume(rho, retention, policies)
-        tolerated = _tolerated(rho, retention, policies)
+        tolerated = _tolerated(rho, retention, members)
         rows.append(TableRow(name, (str(len(members)), percent(area.estimate), span(area), *tolerated)))
     return Table(
         "What each kind of compression reaches",
         f"Hypervolume: mean over compressions up to {2**stats.U_MAX:g}× (in octaves) of the best score kept by a "
         "measured stack at that compression or more, in percent; nothing is interpolated. At a loss: the largest "
-        "compression whose score kept, and its lower 95 % end, is within that loss; in brackets the interval of the "
-        "largest compression that is. A set of many stacks reaches more by luck than a set of few.",
+        "compression that surely stays within it (the lower 95 % end of the score kept does), and the largest that "
+        "does so as measured, with its interval. Intervals of hypervolumes and of measured compressions are "
+        "percentiles of the resamples, which know nothing of changes that did not occur. A set of many stacks reaches "
+        "more by luck than a set of few.",
         ("Kind", "Stacks", "Hypervolume, %", "95 %", *(f"At {100 * t:g} % loss" for t in TOLERANCES)),
         tuple(rows),
     )
@@ -71,7 +73,7 @@ def _curves(stacks: Sequence[Stack], rho: Sequence[float], retention: stats.Samp
             name = evict if quant == NONE else f"{evict} + {quant}"
             end = f"{2**area.reach:.3g}×" + ("" if area.complete() else " *")
             cells = (str(len(members)), percent(area.value.estimate), span(area.value), end)
-            row = TableRow(name, (*cells, *_tolerated(rho, retention, policies)), members[0])
+            row = TableRow(name, (*cells, *_tolerated(rho, retention, members)), members[0])
             rows.append(((-round(area.reach, 1), -area.value.estimate), row))
     return Table(
         "Curves over budgets",
@@ -82,6 +84,9 @@ def _curves(stacks: Sequence[Stack], rho: Sequence[float], retention: stats.Samp
     )
 
 
-def _tolerated(rho: Sequence[float], retention: stats.Sampled, policies: Sequence[int]) -> list[str]:
-    found = (stats.compression_at(rho, retention, policies, t) for t in TOLERANCES)
-    return [f"{number(c.shown)}× ({span(c.interval, scale=1)})" for c in found]
+def _tolerated(rho: Sequence[float], retention: stats.Sampled, members: Sequence[Stack]) -> list[str]:
+    lows = {s.index: s.headline.low for s in members}
+    found = (stats.compression_at(rho, retention, list(lows), t, lows) for t in TOLERANCES)
+    return [
+        f"{number(c.shown)}× sure, {number(c.interval.estimate)}× measured ({span(c.interval, scale=1)})" for c in found
+    ]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from kvbench import stats
+from kvbench.leaderboard.benchmarks import variant_of
 from kvbench.leaderboard.data import Numbers, Options, Section, Stack, Table, TableRow
 from kvbench.leaderboard.material import Material
 from kvbench.leaderboard.words import number, percent, span, tokens
 from kvbench.misses import split_misses
 from kvbench.results import Cell, Sample
 from kvbench.stats import Interval
+from kvbench.tasks.ruler import SUBTASKS
 
 EFFECTIVE = 0.856  # RULER's bar for an effective length: Llama 2 7B at 4,096 tokens
 MOST_LENGTHS = 12
@@ -28,6 +31,7 @@ def breakdowns(section: Section, material: Material, numbers: Numbers, options: 
     stacks = [s for _, members in section.groups for s in members]
     tables = [
         *_lengths(stacks, material, options),
+        _difficulties(stacks, material, options),
         _turns(stacks, material, options),
         _needles(stacks),
         _answers(stacks, material, options),
@@ -38,15 +42,22 @@ def breakdowns(section: Section, material: Material, numbers: Numbers, options: 
     return [t for t in tables if t.rows]
 
 
-def _measure(material: Material, values: Mapping[str, Value], options: Options) -> dict[str, dict[int, Interval]]:
-    """Name -> stack -> macro mean of a value per sample, over the tasks whose rows carry it, with its interval."""
+def _measure(
+    material: Material, values: Mapping[str, Value], options: Options, scores: Collection[str]
+) -> dict[str, dict[int, Interval]]:
+    """Name -> stack -> macro mean of a value per sample, over the tasks whose rows carry it, with its interval.
+
+    scores: names of those that are scores or shares, in [0, 1]
+    """
     found: dict[str, dict[int, Interval]] = {}
     for name, value in values.items():
         runs = {s.index: material.run(s.key, s.cells, value) for s in material.stacks}
         runs = {i: run for i, run in runs.items() if run.tasks}
         if runs:
-            drawn = stats.bootstrap(stats.pair(list(runs.values()), keep_missing=True), None, options.resamples)
-            found[name] = {i: drawn.macro.interval(k) for k, i in enumerate(runs)}
+            paired = stats.pair(list(runs.values()), keep_missing=True)
+            drawn = stats.bootstrap(paired, None, options.resamples)
+            of = partial(stats.score_of, paired, drawn) if name in scores else drawn.macro.interval
+            found[name] = {i: of(k) for k, i in enumerate(runs)}
             for i, interval in found[name].items():
                 material.stacks[i].measures[name] = interval
     return found
@@ -79,7 +90,7 @@ Grid = Mapping[Length, Mapping[str, str]]  # length -> task -> its column in the
 
 
 def _lengths(stacks: Sequence[Stack], material: Material, options: Options) -> list[Table]:
-    """Per benchmark with several lengths: stacks by length; for RULER tasks by length, for the best of a budget."""
+    """RULER, and benchmarks with several lengths: stacks by length; for RULER also tasks, for the best of a budget."""
     grids: dict[str, dict[Length, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
 
     def column(cell: Cell, sample: Sample) -> str:
@@ -92,7 +103,11 @@ def _lengths(stacks: Sequence[Stack], material: Material, options: Options) -> l
 
     known = {s.index: [c for c in s.cells if has_length(c)] for s in material.stacks}
     runs = [material.run(str(i), own, lambda x: x.score, column) for i, own in known.items() if own]
-    wanted = {f: dict(sorted(of.items())) for f, of in grids.items() if 1 < len(of) <= MOST_LENGTHS}
+    wanted = {
+        f: dict(sorted(of.items()))
+        for f, of in grids.items()
+        if (_is_ruler(f) or len(of) > 1) and len(of) <= MOST_LENGTHS
+    }
     if not wanted:
         return []
     paired = stats.pair(runs, keep_missing=True)
@@ -100,11 +115,10 @@ def _lengths(stacks: Sequence[Stack], material: Material, options: Options) -> l
     place = {int(name): k for k, name in enumerate(paired.names)}
     tables = []
     for family, grid in sorted(wanted.items()):
-        means = {n: drawn.over(list(tasks.values()), list(place.values())) for n, tasks in grid.items()}
-        tables.append(_by_length(family, grid, means, stacks, place))
-        if _is_ruler(family):
+        tables.append(_by_length(family, grid, paired, drawn, stacks, place))
+        if _is_ruler(family) and len(grid) > 1:
             shown = [s for s in stacks if (s.is_full or s.rank == 1) and s.index in place]
-            tables += [_matrix(family, grid, drawn, s, place[s.index]) for s in shown]
+            tables += [_matrix(family, grid, paired, drawn, s, place[s.index]) for s in shown]
     return tables
 
 
@@ -120,11 +134,8 @@ def _length(cell: Cell, sample: Sample) -> Length:
 
 def _family(cell: Cell) -> str:
     """Tasks that are read together: a variant of RULER, LongBench-E, or else a task for itself."""
-    task = cell.config.task
-    variant = (task.model_extra or {}).get("variant")
-    if isinstance(variant, str) and _is_ruler(variant):
-        return variant
-    return "longbench_e" if task.name.startswith("longbench_e") else task.name
+    benchmark, variant = variant_of(cell.config.task) or ("", "")
+    return variant if benchmark == "ruler" or variant.startswith("longbench_e") else cell.config.task.name
 
 
 def _is_ruler(family: str) -> bool:
@@ -134,14 +145,16 @@ def _is_ruler(family: str) -> bool:
 def _by_length(
     family: str,
     grid: Grid,
-    means: Mapping[Length, stats.Sampled],
+    paired: stats.Paired,
+    drawn: stats.Bootstrap,
     stacks: Sequence[Stack],
     place: Mapping[int, int],
 ) -> Table:
     ruler = _is_ruler(family)
     cells: list[tuple[str, ...] | None] = []
     for stack in stacks:
-        own = [means[n].interval(place[stack.index]) for n in grid] if stack.index in place else []
+        ran = [list(of.values()) for of in grid.values()] if stack.index in place else []
+        own = [stats.score_of(paired, drawn, place[stack.index], tasks) for tasks in ran]
         for (_, name), interval in zip(grid, own, strict=False):
             stack.measures[f"{family} length {name}"] = interval
         scores = np.array([i.estimate for i in own])
@@ -149,7 +162,7 @@ def _by_length(
             cells.append(None)
             continue
         rising = np.arange(1, len(scores) + 1)
-        weights = [np.ones(len(scores)), rising, rising[::-1]] if ruler else [np.ones(len(scores))]
+        weights = [np.ones(len(scores)), rising, rising[::-1]][: 3 if ruler else 1] if len(grid) > 1 else []
         row = [_short(i) for i in own] + [percent(float(np.average(scores, weights=w))) for w in weights]
         if ruler:
             reached = [name for (_, name), score in zip(grid, scores, strict=True) if score >= EFFECTIVE]
@@ -158,13 +171,16 @@ def _by_length(
     counts = sorted({len(tasks) for tasks in grid.values()})
     tasks = f"{' or '.join(map(str, counts))} task{'' if counts == [1] else 's'}"
     text = f"Mean score in percent over {tasks} by length, with 95 % intervals. "
-    head = [*(name for _, name in grid), "Mean"]
+    head = [name for _, name in grid] + ["Mean"] * (len(grid) > 1)
     if ruler:
-        head += ["Rising", "Falling", "Effective"]
-        text += (
-            "Rising and falling: means with weights 1, 2, 3, … towards the long and towards the short end. Effective: "
-            f"the longest length with at least {percent(EFFECTIVE)} (RULER's bar). "
-        )
+        head += ["Rising", "Falling"] * (len(grid) > 1) + ["Effective"]
+        present = {label.split(" / ")[1].removeprefix(f"{family}_") for of in grid.values() for label in of.values()}
+        text += f"Tasks: {', '.join(t for t in SUBTASKS if t in present)}. "
+        if absent := [t for t in SUBTASKS if t not in present]:
+            text += f"Not RULER's mean, which is over 13 tasks: {', '.join(absent)} did not run. "
+        if len(grid) > 1:
+            text += "Rising and falling: means with weights 1, 2, 3, … towards the long and towards the short end. "
+        text += f"Effective: the longest length with at least {percent(EFFECTIVE)} (RULER's bar). "
     if len(counts) > 1:
         text += "Not every task ran at every length: columns are not comparable with each other."
     return _table(f"{family} by length", text.strip(), head, stacks, cells)
@@ -175,10 +191,10 @@ def _short(interval: Interval) -> str:
     return percent(interval.estimate, 0) + ends
 
 
-def _matrix(family: str, grid: Grid, drawn: stats.Bootstrap, stack: Stack, policy: int) -> Table:
+def _matrix(family: str, grid: Grid, paired: stats.Paired, drawn: stats.Bootstrap, stack: Stack, policy: int) -> Table:
     rows = []
     for task in sorted({name for of in grid.values() for name in of}):
-        own = [drawn.tasks[of[task]][policy] if task in of else None for of in grid.values()]
+        own = [stats.score_of(paired, drawn, policy, [of[task]]) if task in of else None for of in grid.values()]
         if any(i and not math.isnan(i.estimate) for i in own):
             rows.append(TableRow(task.removeprefix(f"{family}_"), tuple("–" if i is None else _short(i) for i in own)))
     return Table(
@@ -187,6 +203,17 @@ def _matrix(family: str, grid: Grid, drawn: stats.Bootstrap, stack: Stack, polic
         ("Task", *(name for _, name in grid)),
         tuple(rows),
     )
+
+
+def _difficulties(stacks: Sequence[Stack], material: Material, options: Options) -> Table:
+    def of(level: str) -> Value:
+        return lambda s: s.score if s.meta.get("difficulty") == level else None
+
+    values = {f"difficulty {level}": of(level) for level in ("easy", "hard")}
+    found = _measure(material, values, options, values)
+    text = "Mean score in percent on the questions of a difficulty, as LongBench v2 labels them, with 95 % intervals."
+    cells = [_cells(found, s, dict.fromkeys(values, _in_percent)) for s in stacks]
+    return _table("By difficulty", text, ["Easy", "Hard"], stacks, cells)
 
 
 # -- turns, needles, answers, fidelity, seeds ------------------------------------------------------------------------
@@ -218,7 +245,7 @@ def _turns(stacks: Sequence[Stack], material: Material, options: Options) -> Tab
     values: dict[str, Value] = {f"turn {k + 1}": at(k) for k in range(most)}
     if most:
         values["turn 1 minus later"] = drop
-    found = _measure(material, values, options)
+    found = _measure(material, values, options, values.keys() - {"turn 1 minus later"})
     form = dict.fromkeys(found, _in_percent)
     text = (
         "Mean score in percent by turn on one compressed cache, with 95 % intervals, and the first turn minus the mean "
@@ -263,7 +290,8 @@ def _answers(stacks: Sequence[Stack], material: Material, options: Options) -> T
         "mean bytes": _detail("kv_bytes_mean"),
         "peak bytes": lambda s: None if s.kv_bytes_peak is None else float(s.kv_bytes_peak),
     }
-    found = _measure(material, {f"answer: {name}": long(value) for name, value in values.items()}, options)
+    shares = [f"answer: {name}" for name in ("score", "score if finished", "truncated answers")]
+    found = _measure(material, {f"answer: {name}": long(value) for name, value in values.items()}, options, shares)
     kib: Callable[[Interval], str] = lambda i: f"{i.estimate / 1024:,.1f}"  # noqa: E731
     form = {
         "answer: score": _in_percent,
@@ -321,7 +349,7 @@ def _fidelity(stacks: Sequence[Stack], material: Material, options: Options) -> 
         "fidelity: KL, last tokens": bin_at(-1),
         "fidelity: NLL difference": _detail("nll_difference"),
     }
-    found = _measure(material, values, options)
+    found = _measure(material, values, options, ["fidelity: top-1"])
     form: dict[str, Callable[[Interval], str]] = {"fidelity: top-1": _in_percent}
     form |= {n: (lambda i: f"{number(i.estimate, 4)} ({span(i, 4, 1)})") for n in list(values)[1:]}
     text = (

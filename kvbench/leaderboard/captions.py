@@ -10,7 +10,7 @@ from kvbench.leaderboard.data import NO_SIGNAL, Options, Section, TaskInfo
 from kvbench.leaderboard.material import Material
 from kvbench.leaderboard.words import number, percent
 
-FEW_SAMPLES = 20  # below, a percentile interval covers far less than it says
+FEW_SAMPLES = 20  # below, even corrected intervals may cover far less than they say
 CORRECTED = {
     "holm": "after Holm's correction for the number of stacks",
     "bh": "after Benjamini and Hochberg's correction, which bounds the share of false claims (exploration)",
@@ -31,18 +31,13 @@ def notes(section: Section, paired: stats.Paired) -> list[str]:
     if weak := [t for t in section.tasks if not t.signal]:
         named = ", ".join(f"{t.label} ({percent(t.full.estimate if t.full else None)} %)" for t in weak)
         found.append(
-            f"No signal, so not ranked: {named}. The lower 95 % end of the full cache's score is not more than "
-            f"{100 * NO_SIGNAL:g} points above chance."
+            f"No signal, so shown but not ranked: {named}. The lower 95 % end of the full cache's score, here or where "
+            f"it was recorded before, is not more than {100 * NO_SIGNAL:g} points above chance."
         )
     if section.retention and (left := [t.label for t in section.tasks if t.signal and not t.kept]):
         found.append(f"Not in the headline, as the full cache scores 0 or did not run there: {', '.join(left)}.")
     if few := [t for t, scores in zip(paired.tasks, paired.scores, strict=True) if scores.shape[1] < FEW_SAMPLES]:
         found.append(f"Fewer than {FEW_SAMPLES} samples in {', '.join(few)}: intervals are too narrow to rely on.")
-    variants = sorted({str(t.fields["variant"]) for t in section.tasks if t.label.startswith("ruler")} - {""})
-    if len(variants) > 1:
-        found.append(
-            f"Variants of RULER are not comparable, and this table has {len(variants)}: {', '.join(variants)}."
-        )
     return found
 
 
@@ -59,13 +54,14 @@ def caption(section: Section, material: Material, options: Options) -> list[str]
     lines = [
         _setup_line(section),
         f"Tasks and samples: {', '.join(f'{t.label} {t.n}' for t in ranked)}. {_seeds(ranked)} {_truncation(ranked)}",
-        f"Headline: {how}; 95 % intervals from {options.resamples:,} paired resamples shared by all stacks (BCa "
-        "if they are skewed). Differences to the full cache have score intervals and sign tests where few samples "
-        "change.",
+        f"Headline: {how}; 95 % intervals from {options.resamples:,} paired resamples shared by all stacks, "
+        "skewness-corrected t intervals where samples are few or skewed, score intervals and sign tests where few "
+        "samples change.",
         "Bytes are measured (codes, scales, windows, indices), as a share of the 16-bit full cache of the same "
         "samples, at the end of prefill unless marked final. Budgets are what a stack was given: a share of those "
         "bytes, of the tokens, or a number of tokens.",
     ]
+    lines += _coverage(section)
     if any(s.difference for s in section.stacks):
         lines.append(
             f"lossless: the upper 90 % end of the loss against the full cache is below {100 * options.margin:g} "
@@ -95,12 +91,15 @@ def caption(section: Section, material: Material, options: Options) -> list[str]
 
 def _setup_line(section: Section) -> str:
     model = section.model
-    extra = [f"{k} {model[k]}" for k in ("revision", "dtype", "path") if model.get(k)]
+    own = "of this package" if model.get("path") == "proving" else "not recorded"
+    extra = [f"revision {model.get('revision') or own}"]
+    extra += [f"{k} {model[k]}" for k in ("dtype", "path") if model.get(k)]
     tokenizer = model.get("tokenizer") or "the model's"
     chats = sorted({t.chat for t in section.tasks})
+    variants = f"variants: {', '.join(section.variants)}; " if section.variants else ""
     return (
-        f"Model: {model['name']}{' (' + ', '.join(extra) + ')' if extra else ''}; tokenizer: {tokenizer}; "
-        f"{section.mode}; chat template: {', '.join(chats)}."
+        f"Model: {model['name']} ({', '.join(extra)}); tokenizer: {tokenizer}; {variants}{section.mode}; chat "
+        f"template: {', '.join(chats)}."
     )
 
 
@@ -115,6 +114,18 @@ def _truncation(tasks: list[TaskInfo]) -> str:
     if cut:
         return f"Prompts truncated: {', '.join(cut)}."
     return "No prompt was truncated." if len(known) == len(tasks) else "Truncation is not recorded for every task."
+
+
+def _coverage(section: Section) -> list[str]:
+    """Where intervals may cover less than they say."""
+    doubtful = [s for s in section.stacks if s.difference and s.difference.doubtful]
+    if not doubtful:
+        return []
+    return [
+        f"{len(doubtful)} of the differences to the full cache rest on fewer than 50 independent samples with graded "
+        "scores: their intervals cover 92 to 99 %, but 78 to 93 % if one sample in ten differs far more than the "
+        "others (simulated), because such samples may not have been drawn."
+    ]
 
 
 def _resolution(section: Section, options: Options) -> list[str]:

@@ -81,6 +81,7 @@ def _gains(stacks: Sequence[Stack], numbers: Numbers, options: Options) -> Table
                 reading = "not resolved"
             else:
                 reading = "stacking wins" if value.interval.estimate > 0 else "one method alone wins"
+                reading += ", by how much is open" if value.interval.contains(0.0) else ""
             cells = (
                 names[gain.pure].key, names[gain.stack].key, percent(value.interval.estimate, sign=True),
                 span(value.interval), percent(value.detectable), reading,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class Options:
     margin: float = stats.MARGIN  # a loss below it counts as none
     correction: str = "holm"  # over the differences of a table: holm, bh (exploration) or none
     zero: str | None = None  # the stack that scores 0 in retention: no context, or a minimal cache
+    recorded: tuple[str, ...] = ()  # files with full-cache scores, which also decide where a model has signal
 
 
 @dataclass(frozen=True, order=True)
@@ -180,6 +181,7 @@ class Section:
     query_aware: bool
     stacks: list[Stack]
     tasks: list[TaskInfo]
+    variants: list[str]  # of the benchmarks that have several
     retention: bool  # whether the headline is retention or, without a full cache, the raw score
     notes: list[str]
     caption: list[str]
@@ -218,6 +220,21 @@ class Numbers:
     @property
     def headline(self) -> stats.Sampled:
         return self.drawn.retention or self.drawn.macro
+
+    def score(self, policy: int, tasks: Sequence[str] | None = None) -> Interval:
+        return stats.score_of(self.paired, self.drawn, policy, tasks)
+
+    def retention(self, policy: int, tasks: Sequence[str] | None = None) -> Interval:
+        assert self.full is not None
+        return stats.retention_of(self.paired, self.drawn, policy, self.full, tasks)
+
+    def lead(self, a: int, b: int) -> Interval:
+        """Of the headline of a over that of b."""
+        return stats.lead(self.paired, self.drawn, a, b, retention=self.drawn.retention is not None)
+
+    def difference(self, a: int, b: int) -> Interval:
+        """Of the mean scores."""
+        return stats.lead(self.paired, self.drawn, a, b)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvbench import stats
+from kvbench.leaderboard.benchmarks import variant_of
 from kvbench.leaderboard.data import FULL, NONE, Group, LeftOut, Stack
 from kvbench.leaderboard.words import natural
 from kvbench.results import Cell, Sample, canonical
@@ -78,7 +80,7 @@ def data_seed(cell: Cell) -> int:
 
 
 def sort_cells(cells: Sequence[Cell]) -> list[Material]:
-    """One entry per model and query mode, in alphabetical order."""
+    """One entry per model, query mode and variant of a benchmark, in alphabetical order."""
     grouped: dict[tuple[str, bool, str], list[Cell]] = defaultdict(list)
     for cell in cells:
         grouped[cell.config.model.name, cell.config.query_aware, _identity(cell)].append(cell)
@@ -88,8 +90,20 @@ def sort_cells(cells: Sequence[Cell]) -> list[Material]:
         title = _title(group[0])
         if titles[title] > 1:  # two models of one name: tell them apart by where they were loaded from
             title += f" · {group[0].config.model.path or key[2]}"
-        found.append(_sort_section(title, group))
+        for variant, own in _by_variant(group).items():
+            found.append(_sort_section(title + (f" · {variant}" if variant else ""), own))
     return found
+
+
+def _by_variant(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Where a benchmark ran in several variants, which are not comparable, each has a section; "" has the rest."""
+    known = {cell.cell_id: variant_of(cell.config.task) for cell in cells}
+    several = Counter(benchmark for benchmark, _ in set(filter(None, known.values())))
+    found: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        variant = known[cell.cell_id]
+        found[" ".join(dict.fromkeys(variant)) if variant and several[variant[0]] > 1 else ""].append(cell)
+    return dict(sorted(found.items()))
 
 
 def find(name: str, stacks: Sequence[Stack]) -> Stack | None:
@@ -106,8 +120,13 @@ def find(name: str, stacks: Sequence[Stack]) -> Stack | None:
 
 def _identity(cell: Cell) -> str:
     # Batch size, attention kernel and the like do not make another model: two such runs are an A/A pair.
-    model = cell.config.model.model_dump()
-    return canonical({k: model.get(k) for k in ("name", "path", "dtype", "revision")})
+    return canonical({k: v for k, v in model_of(cell).items() if k in ("name", "path", "dtype", "revision")})
+
+
+def model_of(cell: Cell) -> dict[str, Any]:
+    """The model's part of the config, with the commit that was loaded where that is known."""
+    model = cell.config.model.model_dump(mode="json")
+    return model | {"revision": cell.provenance.model_revision or model.get("revision")}
 
 
 def _title(cell: Cell) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -13,12 +13,14 @@ import numpy as np
 
 from kvbench import stats
 from kvbench.leaderboard.areas import areas
+from kvbench.leaderboard.benchmarks import longbench, variant_of
 from kvbench.leaderboard.breakdown import breakdowns
 from kvbench.leaderboard.captions import caption, notes
 from kvbench.leaderboard.composition import contrasts, stacking
-from kvbench.leaderboard.data import CHANCE, NO_SIGNAL, Numbers, Options, Section, Stack, TaskInfo, TaskScore
-from kvbench.leaderboard.material import Material, data_seed, find, task_key
+from kvbench.leaderboard.data import Numbers, Options, Section, Stack, TaskInfo, TaskScore
+from kvbench.leaderboard.material import Material, data_seed, model_of, task_key
 from kvbench.leaderboard.progress import progress
+from kvbench.leaderboard.signal import chances, with_signal, zero_policy
 from kvbench.results import Cell, Sample, canonical
 from kvbench.stats import Interval
 
@@ -36,17 +38,19 @@ def make_section(material: Material, options: Options) -> Section:
     section = Section(
         title=material.title,
         slug="",
-        model=config.model.model_dump(mode="json"),
+        model=model_of(material.cells[0]),
         query_aware=config.query_aware,
         stacks=material.stacks,
         tasks=_task_infos(material, numbers),
+        variants=sorted({v[1] for c in material.cells if (v := variant_of(c.config.task))}),
         retention=numbers.drawn.retention is not None,
         notes=numbers.notes,
         caption=[],
         floor=aa_floor,
         contrasts=contrasts(material.stacks, numbers, options),
     )
-    section.tables = [*areas(section, numbers, options), *stacking(section, numbers, options)]
+    section.tables = longbench(section, numbers)
+    section.tables += [*areas(section, numbers, options), *stacking(section, numbers, options)]
     section.tables += breakdowns(section, material, numbers, options)
     section.notes += notes(section, numbers.paired)
     section.caption = caption(section, material, options)
@@ -55,9 +59,9 @@ def make_section(material: Material, options: Options) -> Section:
 
 def _bootstrap(material: Material, options: Options) -> Numbers:
     paired = stats.pair(material.scores, keep_missing=True)
-    base, found = _zero_policy(material, options)
-    chance = {} if base is not None else _chances(material)
-    ranked = _with_signal(material, paired, base, chance, options)
+    base, found = zero_policy(material, options)
+    chance = {} if base is not None else chances(material)
+    ranked = with_signal(material, paired, base, chance, options)
     if not ranked:
         ranked, found = paired.tasks, [*found, "No task has signal: the ranks below say nothing about the stacks."]
     track = partial(progress, label="bootstrap")
@@ -67,46 +71,9 @@ def _bootstrap(material: Material, options: Options) -> Numbers:
     perplexity: dict[str, dict[int, Interval]] = {}
     if material.nlls:
         likelihoods = stats.pair(list(material.nlls.values()), keep_missing=True)
-        for task, row in stats.bootstrap(likelihoods, None, options.resamples).tasks.items():
-            perplexity[task] = dict(zip(material.nlls, map(_exp, row), strict=True))
+        for task, means in stats.bootstrap(likelihoods, None, options.resamples).means.items():
+            perplexity[task] = {i: _exp(means.interval(k)) for k, i in enumerate(material.nlls)}
     return Numbers(paired, drawn, perplexity, material.full, found)
-
-
-def _zero_policy(material: Material, options: Options) -> tuple[int | None, list[str]]:
-    if options.zero is None:
-        return None, []
-    stack = find(options.zero, material.stacks)
-    if stack is None:
-        return None, [f"No stack {options.zero} here, which was to score 0: retention counts from 0 instead."]
-    return stack.index, []
-
-
-def _chances(material: Material) -> dict[str, float]:
-    found = {}
-    for cell in material.cells:
-        task = cell.config.task
-        own = (task.model_extra or {}).get("chance")
-        by_name = next((v for name, v in CHANCE.items() if task.name.startswith(name)), 0.0)
-        found[material.label(cell)] = float(own) if isinstance(own, int | float) else by_name
-    return found
-
-
-def _with_signal(
-    material: Material, paired: stats.Paired, base: int | None, chance: Mapping[str, float], options: Options
-) -> tuple[str, ...]:
-    """Tasks on which the full cache is surely above chance; likelihoods have none, and one sample shows nothing."""
-    scored = {material.label(c) for c in material.cells if c.config.task.kind == "generate"}
-    judged = [t for t in paired.tasks if t in scored]
-    if material.full is None or not judged:
-        return paired.tasks
-    policies = [material.full] if base is None else [material.full, base]
-    tasks = stats.bootstrap(paired.select(policies=policies, tasks=judged), None, options.resamples).tasks
-    lost = set()
-    for task, intervals in tasks.items():
-        bottom = chance.get(task, 0.0) if base is None else intervals[1].estimate
-        if intervals[0].low <= bottom + NO_SIGNAL:
-            lost.add(task)
-    return tuple(t for t in paired.tasks if t not in lost)
 
 
 def _exp(interval: Interval) -> Interval:
@@ -134,14 +101,14 @@ def _fill(stack: Stack, numbers: Numbers) -> None:
     i, drawn = stack.index, numbers.drawn
     for task, scores in zip(numbers.paired.tasks, numbers.paired.scores, strict=True):
         if n := int(np.sum(~np.isnan(scores[i]))):
-            retention = drawn.task_retention[task][i] if task in drawn.task_retention else None
+            retention = numbers.retention(i, [task]) if task in drawn.ratios else None
             perplexity = numbers.perplexity.get(task, {}).get(i)
-            stack.tasks[task] = TaskScore(drawn.tasks[task][i], retention, perplexity, n)
+            stack.tasks[task] = TaskScore(numbers.score(i, [task]), retention, perplexity, n)
     # NaN retention: no sample in common with the full cache, which is as good as not having run.
-    needed = {t: drawn.task_retention[t] for t in drawn.retention_tasks} or {t: drawn.tasks[t] for t in drawn.ranked}
-    stack.missing = tuple(t for t, intervals in needed.items() if math.isnan(intervals[i].estimate))
+    needed = {t: drawn.ratios[t] for t in drawn.retention_tasks} or {t: drawn.means[t] for t in drawn.ranked}
+    stack.missing = tuple(t for t, means in needed.items() if math.isnan(means.point[i]))
     if not stack.missing:
-        stack.headline = numbers.headline.interval(i)
+        stack.headline = numbers.retention(i) if drawn.retention else numbers.score(i)
     if numbers.full is not None and i != numbers.full:
         with suppress(ValueError):  # a macro mean over fewer tasks would not be the one of the other rows
             stack.difference = stats.difference_of(numbers.paired, drawn, i, numbers.full)
@@ -184,7 +151,7 @@ def _rank(stacks: Sequence[Stack], numbers: Numbers, aa_floor: stats.Floor | Non
         best.rank = 1
         for rank, stack in enumerate(group[1:], 2):
             stack.rank = rank
-            lead = numbers.headline.contrast({best.index: 1, stack.index: -1})
+            lead = numbers.lead(best.index, stack.index)
             stack.like_best = lead.contains(0.0) or bool(abs(macro[best.index] - macro[stack.index]) < noise)
 
 
@@ -192,8 +159,11 @@ def _mark_front(stacks: Sequence[Stack], numbers: Numbers) -> None:
     complete = [s for s in stacks if not s.missing]
     draws = numbers.headline.draws[:, [s.index for s in complete]]
     shares = stats.frontier_probability(np.array([s.rho for s in complete]), draws)
+    macro = numbers.drawn.macro.point[[s.index for s in complete]]
     above = stats.dominators(
-        np.array([s.rho for s in complete]), numbers.drawn.macro.select([s.index for s in complete])
+        np.array([s.rho for s in complete]),
+        macro,
+        lambda a, b: numbers.difference(complete[a].index, complete[b].index).low,
     )
     for stack, share, winner in zip(complete, shares, above, strict=True):
         stack.frontier = float(share)
@@ -215,7 +185,7 @@ def _task_infos(material: Material, numbers: Numbers) -> list[TaskInfo]:
                 n=numbers.paired.scores[numbers.paired.tasks.index(label)].shape[1],
                 seeds=tuple(sorted({data_seed(c) for c in own})),
                 truncated=statistics.fmean(truncated) if truncated else None,
-                full=None if numbers.full is None else numbers.drawn.tasks[label][numbers.full],
+                full=None if numbers.full is None else numbers.score(numbers.full, [label]),
                 signal=label in numbers.drawn.ranked,
                 kept=label in numbers.drawn.retention_tasks,
             )

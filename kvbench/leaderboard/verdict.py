@@ -9,18 +9,27 @@ from collections.abc import Sequence
 from functools import partial
 
 from kvbench import stats
-from kvbench.leaderboard.data import Stack
+from kvbench.leaderboard.data import Options, Stack
 from kvbench.leaderboard.material import Material, find, sort_cells
 from kvbench.leaderboard.progress import progress
 from kvbench.leaderboard.rows import bytes_ratios, floor
+from kvbench.leaderboard.signal import chances, zero_policy
 from kvbench.leaderboard.words import number, percent, plain, span
 from kvbench.results import Cell
 
 
 def compare(
-    a: str, b: str, cells: Sequence[Cell], *, resamples: int = stats.RESAMPLES, margin: float = stats.MARGIN
+    a: str,
+    b: str,
+    cells: Sequence[Cell],
+    *,
+    resamples: int = stats.RESAMPLES,
+    margin: float = stats.MARGIN,
+    zero: str | None = None,
 ) -> list[str]:
     """The verdict on two stacks, once per section that has both; losses below `margin` count as none.
+
+    zero: the stack (no context, a minimal cache) whose score counts as 0 in the share of the full cache's score kept
 
     Raises ValueError when they cannot be compared.
     """
@@ -32,7 +41,8 @@ def compare(
         if first.cells[0].config.query_aware != second.cells[0].config.query_aware:
             stats.check_pairable([first.scores[x.index], second.scores[y.index]])  # says why not
         raise ValueError(f"cannot compare {a} with {b}: {a} ran in {first.title}, {b} in {second.title}")
-    return [_verdict(section, x, y, resamples, margin) for section, x, (_, y) in both]
+    options = Options(resamples, margin, zero=zero)
+    return [_verdict(section, x, y, options) for section, x, (_, y) in both]
 
 
 def _search(name: str, sections: Sequence[Material]) -> dict[int, tuple[Material, Stack]]:
@@ -46,15 +56,16 @@ def _search(name: str, sections: Sequence[Material]) -> dict[int, tuple[Material
     return found
 
 
-def _verdict(material: Material, a: Stack, b: Stack, resamples: int, margin: float) -> str:
+def _verdict(material: Material, a: Stack, b: Stack, options: Options) -> str:
     track = partial(progress, label="bootstrap")
-    result = stats.difference(material.scores[a.index], material.scores[b.index], resamples, track=track)
-    tasks = ", ".join(f"{t} {k}" for t, k in result.n.items())
+    result = stats.difference(material.scores[a.index], material.scores[b.index], options.resamples, track=track)
     lines = [
         material.title,
-        f"{_lead(a, b, result)}: {_conclusion(result, floor(material))}.",
-        _equivalence(a, b, result, margin),
-        f"Samples: {sum(result.n.values())} paired ({tasks}); {result.method}.",
+        f"{_lead(a, b, result)}{_conclusion(result, floor(material))}.",
+        _equivalence(a, b, result, options.margin),
+        *_kept(material, a, b, options),
+        *_tasks(material, a, b, result),
+        f"Samples: {sum(result.n.values())} paired; {result.method}.",
     ]
     if result.exact and result.exact.bound is not None:
         lines.append(
@@ -68,10 +79,12 @@ def _verdict(material: Material, a: Stack, b: Stack, resamples: int, margin: flo
             f"This design finds true differences of {percent(result.detectable)} points or more (80 % power); smaller "
             "ones it is likely to miss."
         )
-    if len(result.tasks) > 1:
-        lines += [f"  {t}: {percent(i.estimate, sign=True)} points ({span(i)})" for t, i in result.tasks.items()]
-    lines += [_bytes_line(material, stack, result) for stack in (a, b)]
-    return "\n".join(map(plain, lines))
+    if result.doubtful:
+        lines.append(
+            "Fewer than 50 independent samples have graded scores: if few of all prompts differ far more than the "
+            "others, such prompts may be missing here, and the interval does not cover them."
+        )
+    return "\n".join(map(plain, [*lines, _bytes_line(material, (a, b), result)]))
 
 
 def _lead(a: Stack, b: Stack, result: stats.Difference) -> str:
@@ -83,18 +96,18 @@ def _lead(a: Stack, b: Stack, result: stats.Difference) -> str:
 
 def _conclusion(result: stats.Difference, aa_floor: stats.Floor | None) -> str:
     if math.isnan(result.interval.low):
-        return "no interval can be given (a task has a single independent sample), so nothing is concluded"
+        return ", but a task has a single independent sample: no interval can be given, and nothing is concluded"
     interval = f"95 % interval {span(result.interval)}"
     if not result.resolved:
-        return f"{interval}, so the data do not tell them apart"
+        return f"{', but' if result.interval.estimate else ':'} the data do not tell them apart ({interval})"
     if aa_floor and abs(result.interval.estimate) < aa_floor.value:
-        return f"{interval}, but below the A/A floor of {percent(aa_floor.value)}, so not resolved"
+        return f", but that is below the A/A floor of {percent(aa_floor.value)}, so not resolved ({interval})"
     if result.interval.contains(0.0):
         return (
-            f"{interval}, wide because few answers changed; the signs of the differences say that they do differ "
-            f"(p = {result.p:.2g})"
+            f": the signs of the differences say that they do differ (p = {result.p:.2g}), but few answers changed, so "
+            f"by how much is open ({interval})"
         )
-    return f"{interval}, so the difference is real at this confidence"
+    return f": the difference is real ({interval})"
 
 
 def _equivalence(a: Stack, b: Stack, result: stats.Difference, margin: float) -> str:
@@ -107,18 +120,72 @@ def _equivalence(a: Stack, b: Stack, result: stats.Difference, margin: float) ->
         return f"They are equivalent within {points} ({ends})."
     losses = {a.key: result.worst_loss, b.key: result.interval90.high}
     spared = [name for name, loss in losses.items() if loss < margin]
+    other = {a.key: b.key, b.key: a.key}
+    if result.resolved:
+        worse = a.key if result.interval.estimate < 0 else b.key
+        if worse not in spared:
+            return f"{worse} may lose up to {percent(losses[worse])} points against {other[worse]} ({ends})."
+        return f"{worse} loses less than {points} against {other[worse]} ({ends})."
     if spared:
-        other = b.key if spared == [a.key] else a.key
-        return f"{spared[0]} is not worse than {other} by {points} or more ({ends})."
+        return f"{spared[0]} is not worse than {other[spared[0]]} by {points} or more ({ends})."
     worst = " and ".join(f"{name} may lose up to {percent(loss)}" for name, loss in losses.items())
     return f"Equivalence within {points} is not shown: {worst} points ({ends})."
 
 
-def _bytes_line(material: Material, stack: Stack, result: stats.Difference) -> str:
-    shared = [s for c in stack.cells if material.label(c) in result.n for s in c.samples]
-    rho, final, _ = bytes_ratios(shared)
-    mean = statistics.fmean(s.kv_bytes_prefill_end for s in shared)
-    return (
-        f"Bytes of {stack.key}: {percent(rho)} % of the full cache after prefill, {percent(final)} % at the end "
-        f"({mean / 1024:,.1f} KiB per sample)."
-    )
+def _kept(material: Material, a: Stack, b: Stack, options: Options) -> list[str]:
+    """The share of the full cache's score that each keeps, on the tasks that the full cache and both ran."""
+    base, missing = zero_policy(material, options)
+    full, compressed = material.full, [s for s in (a, b) if not s.is_full]
+    if full is None or not compressed:
+        return missing
+    order = list(dict.fromkeys([full, a.index, b.index, *([] if base is None else [base])]))
+    try:
+        paired = stats.pair([material.scores[i] for i in order])
+    except ValueError:  # no sample in common
+        return missing
+    zero = None if base is None else order.index(base)
+    chance = {} if base is not None else chances(material)
+    drawn = stats.bootstrap(paired, 0, options.resamples, zero=zero, chance=chance)
+    if drawn.retention is None:
+        return missing
+    shares = [
+        f"{s.key} keeps {percent(kept.estimate)} % ({span(kept)})"
+        for s in compressed
+        if (kept := stats.retention_of(paired, drawn, order.index(s.index), 0))
+    ]
+    counted = "" if base is None else f", counting what {options.zero} scores as 0"
+    left = [t for t in paired.tasks if t not in drawn.retention_tasks]
+    without = f"; without {', '.join(left)}, where it scores no more than that" if left else ""
+    return [*missing, f"Of the full cache's score{counted} (mean over tasks{without}): {', '.join(shares)}."]
+
+
+def _tasks(material: Material, a: Stack, b: Stack, result: stats.Difference) -> list[str]:
+    """One line per task: both values, and the difference of the scores."""
+    kinds = {material.label(c): c.config.task.kind for c in material.cells}
+    lines = []
+    for task, interval in result.tasks.items():
+        if kinds[task] == "nll":
+            first, second = (_mean(material.nlls[s.index], task) for s in (a, b))
+            values = f"perplexity {math.exp(first):.2f} against {math.exp(second):.2f}; score exp(−NLL)"
+        else:
+            first, second = (_mean(material.scores[s.index], task) for s in (a, b))
+            values = f"{percent(first)} % against {percent(second)} %;"
+        change = f"{percent(interval.estimate, sign=True)} points ({span(interval)})"
+        lines.append(f"  {task} (n = {result.n[task]}): {values} {change}")
+    return lines
+
+
+def _mean(run: stats.Run, task: str) -> float:
+    return statistics.fmean(row.score for row in run.tasks[task].values())
+
+
+def _bytes_line(material: Material, stacks: Sequence[Stack], result: stats.Difference) -> str:
+    """Bytes of both, as shares of the full cache and per sample."""
+    texts = []
+    for stack in stacks:
+        shared = [s for c in stack.cells if material.label(c) in result.n for s in c.samples]
+        rho, final, _ = bytes_ratios(shared)
+        held = statistics.fmean(s.kv_bytes_prefill_end for s in shared) / 1024
+        shares = f"{percent(rho)} % of the full cache after prefill, {percent(final)} % at the end, "
+        texts.append(f"{stack.key} {'' if stack.is_full else shares}{held:,.1f} KiB per sample")
+    return f"Bytes: {'; '.join(texts)}."

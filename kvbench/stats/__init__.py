@@ -1,8 +1,8 @@
 """Paired statistics: every comparison is on the same prompts, and every contrast shares one set of resamples.
 
-The estimand is the macro mean: within a task the mean over samples, then the mean over tasks. Intervals are 95 %
-percentiles of a stratified bootstrap that draws sample ids (or clusters of samples that share a context) once per task
-and data seed and uses that draw for all policies.
+The estimand is the macro mean: within a task the mean over samples, then the mean over tasks. A stratified bootstrap
+draws sample ids (or clusters of samples that share a context) once per task and data seed and uses that draw for all
+policies. Intervals are its 95 % percentiles where those cover; `kvbench.stats.resampling` says which others are used.
 
     >>> run = lambda name, scores: Run(name, False, {"t": {str(i): Row(s, "sha") for i, s in enumerate(scores)}})
     >>> difference(run("a", [1, 1, 0, 1]), run("b", [1, 0, 0, 1])).interval.estimate
@@ -21,6 +21,9 @@ from kvbench.stats.differences import (
     difference,
     difference_of,
     holm,
+    lead,
+    retention_of,
+    score_of,
     seed_means,
     seed_spread,
 )
@@ -49,12 +52,13 @@ from kvbench.stats.pairing import Paired, Row, Run, check_pairable, pair
 from kvbench.stats.resampling import (
     RESAMPLES,
     Bootstrap,
+    Influence,
     Interval,
     Sampled,
+    Shape,
     bootstrap,
     percentiles,
     resample_weights,
-    skewness,
 )
 from kvbench.stats.stacking import (
     Gain,
@@ -79,6 +83,7 @@ __all__ = [
     "Difference",
     "Floor",
     "Gain",
+    "Influence",
     "Interaction",
     "Interval",
     "McNemar",
@@ -87,6 +92,7 @@ __all__ = [
     "Row",
     "Run",
     "Sampled",
+    "Shape",
     "aa_floor",
     "analytic_se",
     "benjamini_hochberg",
@@ -105,6 +111,7 @@ __all__ = [
     "interaction_of",
     "interaction_rate",
     "is_binary",
+    "lead",
     "mcnemar",
     "order_effect",
     "pair",
@@ -112,11 +119,12 @@ __all__ = [
     "percentiles",
     "recovered",
     "resample_weights",
+    "retention_of",
     "rule_of_three",
+    "score_of",
     "seed_means",
     "seed_spread",
     "sign_flip_p",
-    "skewness",
     "stacking_gain",
     "tango",
 ]

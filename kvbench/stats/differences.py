@@ -21,7 +21,7 @@ from kvbench.stats.exact import (
     signs,
 )
 from kvbench.stats.pairing import Paired, Run, pair
-from kvbench.stats.resampling import RESAMPLES, Bootstrap, Interval, Sampled, Track, bootstrap
+from kvbench.stats.resampling import RESAMPLES, Bootstrap, Interval, Track, bootstrap
 
 POWER = 7.85  # (z(0.975) + z(0.80)) squared: two-sided 5 %, power 80 %
 MARGIN = 0.01  # a loss below this is called none, if the 90 % interval shows it
@@ -77,6 +77,7 @@ class Difference:
     exact: McNemar | None  # set when scores are binary and few pairs are discordant
     sign_test: bool  # whether p comes from the signs of the differences, as few samples of some task change
     method: str
+    doubtful: bool  # whether the intervals may cover less than they say: see `Shape.doubtful`
 
     @property
     def resolved(self) -> bool:
@@ -105,79 +106,139 @@ def difference(a: Run, b: Run, resamples: int = RESAMPLES, seed: int = 0, track:
 
 def difference_of(paired: Paired, drawn: Bootstrap, a: int, b: int) -> Difference:
     """Compare two policies of one bootstrap on its ranked tasks; each must have run on a sample of every one."""
-    tasks = {name: _Task(paired, paired.tasks.index(name), a, b) for name in drawn.ranked}
-    few = [t for t in tasks if tasks[t].rare]
-    if sum(sum(signs(tasks[t].per_cluster)) for t in few) >= FEW_DISCORDANT:
-        few = []
-    rest = [t for t in tasks if t not in few]
-    by_level = {}
-    for level in (0.95, 0.9):
-        parts = [(len(few) / len(tasks), _few([tasks[t] for t in few], level))] if few else []
-        if rest:
-            parts.append((len(rest) / len(tasks), drawn.over(rest, [a, b]).contrast({0: 1, 1: -1}, level)))
-        by_level[level] = parts[0][1] if len(parts) == 1 else recovered(parts)
-    exact, equal = None, len({len(t.delta) for t in tasks.values()}) == 1
-    scores = np.concatenate([[t.a, t.b] for t in tasks.values()], axis=1)
-    independent = all(t.independent for t in tasks.values())
+    tasks = [_Task(paired, name, a, b) for name in drawn.ranked]
+    few, rest = _few_and_rest(tasks)
+    ends, inner = (_macro(tasks, drawn, {a: 1, b: -1}, level) for level in (0.95, 0.9))
+    exact, equal = None, len({len(t.delta) for t in tasks}) == 1
+    scores = np.concatenate([[t.a, t.b] for t in tasks], axis=1)
+    independent = all(t.independent for t in tasks)
     if independent and is_binary(scores) and np.sum(scores[0] != scores[1]) < FEW_DISCORDANT:
         exact = mcnemar(*scores)
+    left = drawn.over([t.name for t in rest], [a, b]).shape({0: 1, 1: -1}) if rest else None
+    elsewhere = "skewness-corrected t interval" if left and left.corrects else "paired bootstrap"
     if not few:
-        p, method = drawn.macro.p_value({a: 1, b: -1}), "paired bootstrap"
+        p, method = drawn.macro.p_value({a: 1, b: -1}), elsewhere
     elif exact and equal:  # equal tasks: the pooled difference is the macro difference
         p, method = exact.p, "score interval, exact McNemar test"
     else:
-        p = sign_flip_p([t.per_cluster for t in tasks.values()])
-        method = f"score interval where few samples change ({', '.join(few)})"
-        method += f"{', paired bootstrap elsewhere' if rest else ''}, sign test"
-    ends = by_level[0.95]
-    deltas, codes, strata = ([getattr(t, k) for t in tasks.values()] for k in ("delta", "codes", "strata"))
+        p = sign_flip_p([t.per_cluster for t in tasks])
+        method = f"score interval where few samples change, or few do not ({', '.join(t.name for t in few)})"
+        method += f"{f', {elsewhere} elsewhere' if rest else ''}, sign test"
+    deltas, codes, strata = ([getattr(t, k) for t in tasks] for k in ("delta", "codes", "strata"))
     return Difference(
         a=paired.names[a],
         b=paired.names[b],
         interval=ends,
-        interval90=by_level[0.9],
+        interval90=inner,
         p=p,
         se=analytic_se(deltas, codes, strata),
         # Changes that happened not to occur have no variance: there the width of the score interval counts.
         detectable=(ends.high - ends.low) / 2 * math.sqrt(POWER) / 1.96
         if few
         else detectable_difference(deltas, codes, strata),
-        n={name: len(t.delta) for name, t in tasks.items()},
-        tasks={name: _task_interval(drawn.means[name], t, a, b) for name, t in tasks.items()},
+        n={t.name: len(t.delta) for t in tasks},
+        tasks={t.name: _macro([t], drawn, {a: 1, b: -1}) for t in tasks},
         exact=exact,
         sign_test=bool(few),
         method=method,
+        doubtful=left is not None and left.doubtful,
     )
 
 
-class _Task:
-    """Two policies on the samples of a task that both ran."""
+def score_of(paired: Paired, drawn: Bootstrap, policy: int, tasks: Sequence[str] | None = None) -> Interval:
+    """The macro mean score of one policy, over the ranked tasks or some of all; scores are in [0, 1].
 
-    def __init__(self, paired: Paired, t: int, a: int, b: int) -> None:
-        shared = ~np.isnan(paired.scores[t][a] - paired.scores[t][b])
-        if not shared.any():
-            raise ValueError(f"{paired.names[a]} and {paired.names[b]} have no sample of {paired.tasks[t]} in common")
-        self.a, self.b = paired.scores[t][a][shared], paired.scores[t][b][shared]
+    Thirty right answers out of thirty are no proof of all being right: where few scores differ from 0, or from 1, the
+    interval is Clopper and Pearson's of how many do.
+    """
+    names = list(drawn.ranked if tasks is None else tasks)
+    if any(np.isnan(drawn.means[name].point[policy]) for name in names):
+        return Interval(math.nan, math.nan, math.nan)
+    found = _macro([_Task(paired, name, policy, None) for name in names], drawn, {policy: 1})
+    return Interval(found.estimate, max(0.0, found.low), min(1.0, found.high))
+
+
+def retention_of(
+    paired: Paired, drawn: Bootstrap, policy: int, reference: int, tasks: Sequence[str] | None = None
+) -> Interval:
+    """Mean over tasks of a policy's share of the reference's score; exactly 1 for the reference itself."""
+    if policy == reference:
+        return Interval(1.0, 1.0, 1.0)
+    found = lead(paired, drawn, policy, reference, tasks, retention=True)
+    return Interval(1 + found.estimate, 1 + found.low, 1 + found.high)
+
+
+def lead(
+    paired: Paired, drawn: Bootstrap, a: int, b: int, tasks: Sequence[str] | None = None, *, retention: bool = False
+) -> Interval:
+    """Macro mean score (or retention) of a minus that of b, with a score interval where few samples change.
+
+    There the reference's score, by which retention divides, is taken as known.
+    """
+    names = (drawn.retention_tasks if retention else drawn.ranked) if tasks is None else tasks
+    if any(np.isnan((drawn.ratios if retention else drawn.means)[name].point[[a, b]]).any() for name in names):
+        return Interval(math.nan, math.nan, math.nan)
+    scales = [1 / drawn.ranges[name][a] if retention else 1.0 for name in names]
+    found = [_Task(paired, name, a, b, scale) for name, scale in zip(names, scales, strict=True)]
+    return _macro(found, drawn, {a: 1, b: -1}, retention=retention)
+
+
+class _Task:
+    """Two policies on the samples of a task that both ran, or one and the nearer end of its scores, 0 or 1."""
+
+    def __init__(self, paired: Paired, name: str, a: int, b: int | None, scale: float = 1.0) -> None:
+        t = paired.tasks.index(name)
+        own = paired.scores[t][a]
+        nearer = float(np.nanmean(own) > 0.5) if b is None else 0.0
+        other = np.full_like(own, nearer) if b is None else paired.scores[t][b]
+        shared = ~np.isnan(own - other)
+        if b is not None and not shared.any():
+            raise ValueError(f"{paired.names[a]} and {paired.names[b]} have no sample of {name} in common")
+        self.name, self.scale = name, scale
+        self.a, self.b = own[shared], other[shared]
         self.delta = self.a - self.b
         self.codes = np.unique(paired.clusters[t][shared], return_inverse=True)[1]
         self.strata = paired.strata[t][shared]
         self.per_cluster = np.bincount(self.codes, weights=self.delta) / np.bincount(self.codes)
-        self.rare = rarely_changes(self.a, self.b, self.per_cluster)
+        self.value = nearer + scale * float(self.delta.mean())
+        # What most samples show, no change or all of it; a score can only depart to one side from its end.
+        self.usual = float(np.round(self.delta.mean())) if b is not None else 0.0
+        self.side = int(1 - 2 * nearer) if b is None else 0
+        self.departures = self.per_cluster - self.usual
+        self.rare = rarely_changes(self.a, self.b, self.departures)
 
     @property
     def independent(self) -> bool:
         return len(self.per_cluster) == len(self.delta)
 
 
-def _few(tasks: Sequence[_Task], level: float) -> Interval:
-    mean = float(np.mean([t.delta.mean() for t in tasks]))
-    return few_changes([t.per_cluster for t in tasks], mean, level)
+def _few_and_rest(tasks: Sequence[_Task]) -> tuple[list[_Task], list[_Task]]:
+    few = [t for t in tasks if t.rare]
+    if sum(sum(signs(t.departures)) for t in few) >= FEW_DISCORDANT:
+        few = []
+    return few, [t for t in tasks if t not in few]
 
 
-def _task_interval(means: Sampled, task: _Task, a: int, b: int) -> Interval:
-    if task.rare and sum(signs(task.per_cluster)) < FEW_DISCORDANT:
-        return _few([task], 0.95)
-    return means.contrast({a: 1, b: -1})
+def _macro(
+    tasks: Sequence[_Task],
+    drawn: Bootstrap,
+    weights: Mapping[int, float],
+    level: float = 0.95,
+    *,
+    retention: bool = False,
+) -> Interval:
+    """The mean over tasks of a weighted sum of policies: score intervals where few samples change, else resamples."""
+    few, rest = _few_and_rest(tasks)
+    parts = []
+    if rest:
+        means = drawn.over([t.name for t in rest], list(weights), retention=retention)
+        parts.append((len(rest) / len(tasks), means.contrast(dict(enumerate(weights.values())), level)))
+    for kind in dict.fromkeys((t.usual, t.side) for t in few):
+        own = [t for t in few if (t.usual, t.side) == kind]
+        mean, scales = float(np.mean([t.value for t in own])), [t.scale for t in own]
+        interval = few_changes([t.per_cluster for t in own], mean, level, scales, own[0].side)
+        parts.append((len(own) / len(tasks), interval))
+    return parts[0][1] if len(parts) == 1 else recovered(parts)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -68,6 +68,15 @@ def tango(a_only: float, b_only: float, n: float, level: float = 0.95) -> Interv
     return Interval(estimate, float(low), float(high))
 
 
+def clopper_pearson(count: float, n: float, level: float = 0.95) -> Interval:
+    """The exact interval of a proportion, covering at least `level`; scipy's `binomtest` takes whole numbers only."""
+    from scipy.stats import beta
+
+    low = float(beta.ppf((1 - level) / 2, count, n - count + 1)) if count > 0 else 0.0
+    high = float(beta.ppf((1 + level) / 2, count + 1, n - count)) if count < n else 1.0
+    return Interval(count / n, low, high)
+
+
 def signs(values: np.ndarray) -> tuple[int, int]:
     """How many are above and how many below 0."""
     return int(np.sum(values > 1e-12)), int(np.sum(values < -1e-12))
@@ -102,22 +111,31 @@ def rarely_changes(a: np.ndarray, b: np.ndarray, per_cluster: np.ndarray) -> boo
     return jumps and sum(signs(per_cluster)) <= len(per_cluster) / 2
 
 
-def few_changes(tasks: Sequence[np.ndarray], mean: float, level: float) -> Interval:
-    """The interval of a macro mean difference when few samples of some tasks differ from 0.
+def few_changes(
+    tasks: Sequence[np.ndarray], mean: float, level: float, scales: Sequence[float], side: int = 0
+) -> Interval:
+    """The interval of a macro mean difference when few samples of some tasks change, or few do not.
 
     The score interval of the signs, moved to the mean: exact for binary scores, too wide for fractions, which change
-    by less than 1. Tasks of unequal size count with the number of samples of one task that would vary as much (the
-    effective weight of Fay and Feuer 1997 for rare events); with equal sizes that is the number of all samples.
+    by less than 1. Tasks of unequal size or scale count with the number of samples of one task that would vary as much
+    (the effective weight of Fay and Feuer 1997 for rare events); if all are equal that is the number of all samples.
+
+    tasks: differences per cluster. mean: over tasks, of differences times the task's scale
+    side: 1 or -1 if the differences can only be above or below 0: Clopper and Pearson's interval instead of Tango's
     """
-    weights = [1 / (len(tasks) * len(t)) for t in tasks]
-    counts = [signs(t) for t in tasks]
-    above, below = (sum(w * c[side] for w, c in zip(weights, counts, strict=True)) for side in (0, 1))
+    weights = [scale / (len(tasks) * len(t)) for t, scale in zip(tasks, scales, strict=True)]
+    counts, full = [signs(t) for t in tasks], sum(scales) / len(tasks)
+    above, below = (sum(w * c[side] for w, c in zip(weights, counts, strict=True)) / full for side in (0, 1))
     events = [sum(c) + 1 / len(tasks) for c in counts]
-    n = sum(w * e for w, e in zip(weights, events, strict=True))
+    n = full * sum(w * e for w, e in zip(weights, events, strict=True))
     n /= sum(w * w * e for w, e in zip(weights, events, strict=True))
-    sign = tango(above * n, below * n, n, level)
-    low, high = mean - (sign.estimate - sign.low), mean + (sign.high - sign.estimate)
-    return Interval(mean, max(-1.0, low), min(1.0, high))
+    if not side:
+        sign = tango(above * n, below * n, n, level)
+    else:
+        sign = clopper_pearson((above + below) * n, n, level)
+        sign = sign if side > 0 else Interval(-sign.estimate, -sign.high, -sign.low)
+    low, high = mean - full * (sign.estimate - sign.low), mean + full * (sign.high - sign.estimate)
+    return Interval(mean, float(max(-full, low)), float(min(full, high)))
 
 
 def recovered(parts: list[tuple[float, Interval]]) -> Interval:

@@ -6,7 +6,7 @@ rho: bytes as a share of the full cache. u = log2(1 / rho), so that u = 5 is 32-
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,19 +36,20 @@ def frontier_probability(rho: np.ndarray, draws: np.ndarray) -> np.ndarray:
     return share
 
 
-def dominators(rho: np.ndarray, scores: Sampled) -> list[int | None]:
+def dominators(rho: np.ndarray, scores: np.ndarray, low: Callable[[int, int], float]) -> list[int | None]:
     """Per policy, the one of the front that dominates it with confidence, or None.
 
-    It holds at most the bytes, and the lower 95 % end of its lead in score is above 0. Of several, the longest lead.
+    It holds at most the bytes, and the lower 95 % end of its lead in score, low(a, b), is above 0. Of several, the
+    longest lead.
     """
-    rho = np.asarray(rho, dtype=float)
-    known = ~np.isnan(scores.point) & ~np.isnan(rho)
-    front = np.flatnonzero(known)[pareto_front(rho[known], scores.point[known])]
+    rho, scores = np.asarray(rho, dtype=float), np.asarray(scores, dtype=float)
+    known = ~np.isnan(scores) & ~np.isnan(rho)
+    front = np.flatnonzero(known)[pareto_front(rho[known], scores[known])]
     found: list[int | None] = []
     for policy in range(len(rho)):
-        rivals = [q for q in front if rho[q] <= rho[policy] and scores.point[q] > scores.point[policy]]
-        leads = {int(q): scores.contrast({int(q): 1, policy: -1}).low for q in rivals}
-        sure = [q for q, low in leads.items() if low > 0]
+        rivals = [int(q) for q in front if rho[q] <= rho[policy] and scores[q] > scores[policy]]
+        leads = {q: low(q, policy) for q in rivals}
+        sure = [q for q, value in leads.items() if value > 0]
         found.append(max(sure, key=lambda q: leads[q]) if sure else None)
     return found
 
@@ -118,16 +119,26 @@ class Compression:
     interval: Interval  # of the largest C whose retention alone does, over the resamples
 
 
-def compression_at(rho: Sequence[float], retention: Sampled, policies: Sequence[int], tolerance: float) -> Compression:
-    """Compression at tolerance, over measured points only."""
+def compression_at(
+    rho: Sequence[float],
+    retention: Sampled,
+    policies: Sequence[int],
+    tolerance: float,
+    lows: Mapping[int, float] | None = None,
+) -> Compression:
+    """Compression at tolerance, over measured points only.
+
+    lows: lower 95 % ends of the policies' retention; without them those of `retention`, which know nothing of changes
+        that did not occur
+    """
     chosen = [p for p in policies if rho[p] > 0 and not math.isnan(retention.point[p])]
     factor = np.array([max(1.0, 1 / rho[p]) for p in chosen])
-    least = 1 - tolerance
+    least = 1 - tolerance - 1e-12
 
     def largest(scores: np.ndarray) -> np.ndarray:
-        return np.asarray(np.where(scores[:, chosen] >= least - 1e-12, factor, 1.0).max(axis=1, initial=1.0))
+        return np.asarray(np.where(scores[:, chosen] >= least, factor, 1.0).max(axis=1, initial=1.0))
 
-    sure = [retention.interval(p).low >= least - 1e-12 for p in chosen]
-    within = [c for c, p, ok in zip(factor, chosen, sure, strict=True) if ok and retention.point[p] >= least - 1e-12]
+    ends = [retention.interval(p).low if lows is None else lows[p] for p in chosen]
+    within = [c for c, p, low in zip(factor, chosen, ends, strict=True) if min(low, retention.point[p]) >= least]
     interval = percentiles(float(largest(retention.point[None])[0]), largest(retention.draws))
     return Compression(tolerance, float(max(within, default=1.0)), interval)

@@ -1,4 +1,19 @@
-"""The paired stratified bootstrap: one set of resamples, from which every mean, contrast and area is read."""
+"""The paired stratified bootstrap: one set of resamples, from which every mean, contrast and area is read.
+
+Which interval a mean gets (nominal 95 %):
+    50 samples or more, and little skew (0.1 or less): percentiles of the resamples
+    fewer, or more skew: the skewness-corrected t interval of Hall 1992 (`Shape.skewed_t`), on the same design
+    few scores change, or all but a few are 0 or 1: a score interval (`kvbench.stats.exact`)
+"Samples" are clusters where samples share a context, and count over all tasks and strata (`Shape.freedom`).
+
+What that covers, by simulation (`tests/test_stats.py`): 93 to 98 % from 50 samples on, for symmetric, exponential,
+lognormal, clustered and stratified differences, and for such of which one in ten is far larger than the others. Of 20
+to 49 samples 92 to 99 %, but 78 to 93 % in that last case, because the large ones may not have occurred: no interval
+can know, so `Shape.doubtful` says that there are fewer than 50.
+
+Deviation from the specification, which has BCa where resamples are skewed: with 20 to 50 exponential, lognormal or
+spiked differences that covers 73 to 93 %, less than the above in every case.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +21,6 @@ import math
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
@@ -14,8 +28,8 @@ from kvbench.stats.pairing import Paired
 
 RESAMPLES = 10_000
 CHUNK = 4_000_000  # weights held at a time; bounds memory on long tasks
-SKEWED = 0.25  # skewness of the resamples beyond which percentiles are corrected (BCa)
-FEW_CLUSTERS = 10  # below, that correction is itself too uncertain
+SKEWED = 0.1  # skewness of a mean beyond which percentiles undercover
+FEW_FREEDOM = 49  # degrees of freedom below which they do, too
 
 Track = Callable[[Sequence[str]], Iterable[str]]
 
@@ -34,21 +48,91 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """Standard error, skewness and degrees of freedom of a mean, from the clusters behind it."""
+
+    error: float
+    skewness: float
+    freedom: float  # Welch and Satterthwaite, over the strata of all tasks
+
+    @property
+    def corrects(self) -> bool:
+        """Whether percentiles undercover here."""
+        return self.error > 0 and (abs(self.skewness) > SKEWED or self.freedom < FEW_FREEDOM)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the interval covers only if rare large values are not missing from so few samples."""
+        return self.error > 0 and self.freedom < FEW_FREEDOM
+
+    def skewed_t(self, estimate: float, level: float) -> Interval:
+        """The mean lies where |h(t)| <= q, with t = (estimate - mean) / error and q the quantile of Student's t.
+
+        h(t) = t + k t^2 / 3 + k^2 t^3 / 27 + k / 6 takes the skewness k out of t and is monotone (Hall 1992,
+        doi:10.1111/j.2517-6161.1992.tb01876.x). Without skewness this is Student's interval.
+        """
+        from scipy.stats import t
+
+        q, k = float(t.ppf((1 + level) / 2, self.freedom)), self.skewness
+        low, high = (x if abs(k) < 1e-6 else 3 / k * (np.cbrt(1 + k * (x - k / 6)) - 1) for x in (q, -q))
+        return Interval(estimate, float(estimate - low * self.error), float(estimate - high * self.error))
+
+    def p_value(self, estimate: float) -> float:
+        """Two-sided p of a mean of 0, by the same h."""
+        from scipy.stats import t
+
+        x, k = estimate / self.error, self.skewness
+        return float(2 * t.sf(abs(x + k * x * x / 3 + k * k * x**3 / 27 + k / 6), self.freedom))
+
+
+@dataclass(frozen=True)
+class Influence:
+    """values [clusters, P]: by how much each cluster moves a statistic. groups [clusters]: its task and stratum."""
+
+    values: np.ndarray
+    groups: np.ndarray
+
+    def select(self, policies: Sequence[int]) -> Influence:
+        return Influence(self.values[:, list(policies)], self.groups)
+
+    def shape(self, weights: Mapping[int, float]) -> Shape:
+        """Of the weighted sum over policies."""
+        moved = self.values[:, list(weights)] @ np.array(list(weights.values()), dtype=float)
+        size, squares = np.bincount(self.groups), np.bincount(self.groups, moved**2)
+        size, squares = size[size > 1], squares[size > 1]
+        variances = squares * size / (size - 1)
+        total, plain = float(variances.sum()), float(squares.sum())
+        if not plain > 1e-24:
+            return Shape(0.0, 0.0, math.inf)
+        freedom = total**2 / float((variances**2 / (size - 1)).sum())
+        return Shape(math.sqrt(total), float((moved**3).sum()) / plain**1.5, freedom)
+
+
+def joined(parts: Sequence[tuple[float, Influence]]) -> Influence:
+    """Of a weighted sum of statistics that share no cluster."""
+    offsets = np.cumsum([0, *(int(i.groups.max()) + 1 for _, i in parts)])
+    groups = np.concatenate([i.groups + offset for (_, i), offset in zip(parts, offsets, strict=False)])
+    return Influence(np.concatenate([w * i.values for w, i in parts]), groups)
+
+
+@dataclass(frozen=True)
 class Sampled:
     """A statistic per policy: on the data `point` [P], and on every shared resample `draws` [B, P].
 
-    influence [clusters, P]: by how much each cluster moves the statistic; lets skewed intervals be corrected.
+    influence: by how much each cluster moves the statistic; without it, intervals are percentiles.
     """
 
     point: np.ndarray
     draws: np.ndarray
-    influence: np.ndarray | None = None
+    influence: Influence | None = None
 
     def contrast(self, weights: Mapping[int, float], level: float = 0.95) -> Interval:
         """The weighted sum over policies, as {0: 1, 1: -1} for the difference of the first two."""
         index, weight = list(weights), np.array(list(weights.values()), dtype=float)
-        moved = None if self.influence is None else self.influence[:, index] @ weight
-        return percentiles(float(self.point[index] @ weight), self.draws[:, index] @ weight, moved, level)
+        return percentiles(float(self.point[index] @ weight), self.draws[:, index] @ weight, self.shape(weights), level)
+
+    def shape(self, weights: Mapping[int, float]) -> Shape | None:
+        return None if self.influence is None else self.influence.shape(weights)
 
     def interval(self, policy: int) -> Interval:
         return self.contrast({policy: 1.0})
@@ -56,14 +140,19 @@ class Sampled:
     def select(self, policies: Sequence[int]) -> Sampled:
         """Some of the policies, in this order."""
         index = list(policies)
-        moved = None if self.influence is None else self.influence[:, index]
-        return Sampled(self.point[index], self.draws[:, index], moved)
+        return Sampled(self.point[index], self.draws[:, index], self.influence and self.influence.select(index))
 
     def p_value(self, weights: Mapping[int, float]) -> float:
-        """Two-sided: twice the smaller share of resamples on either side of 0, so at least 2 / (resamples + 1)."""
+        """Two-sided, and below 5 % where the 95 % interval excludes 0.
+
+        From resamples: twice the smaller share of them on either side of 0, so at least 2 / (resamples + 1).
+        """
         index, weight = list(weights), np.array(list(weights.values()), dtype=float)
         draws = self.draws[:, index] @ weight
         draws = draws[~np.isnan(draws)]
+        shape = self.shape(weights)
+        if len(draws) and shape is not None and shape.corrects:
+            return shape.p_value(float(self.point[index] @ weight))
         sides = np.sum(draws <= 0), np.sum(draws >= 0)
         return min(1.0, 2 * (1 + min(sides)) / (len(draws) + 1)) if len(draws) else math.nan
 
@@ -78,12 +167,13 @@ class Bootstrap:
     ranked: tuple[str, ...]  # tasks that enter `macro` and `logit`
     retention_tasks: tuple[str, ...]  # those of them in which the reference ran and scores above the zero
     means: Mapping[str, Sampled]  # per task
-    tasks: Mapping[str, tuple[Interval, ...]]  # mean score per policy
-    task_retention: Mapping[str, tuple[Interval, ...]]
+    ratios: Mapping[str, Sampled]  # retention per task, where the reference scores above the zero
+    ranges: Mapping[str, np.ndarray]  # there the reference's mean minus the zero's, on the samples of each policy [P]
 
-    def over(self, tasks: Sequence[str], policies: Sequence[int]) -> Sampled:
-        """The macro mean over some of the tasks, of some of the policies, on the same resamples."""
-        return _mean([self.means[t].select(policies) for t in tasks])
+    def over(self, tasks: Sequence[str], policies: Sequence[int], *, retention: bool = False) -> Sampled:
+        """The macro mean (of retention) over some of the tasks, of some of the policies, on the same resamples."""
+        per_task = self.ratios if retention else self.means
+        return _mean([per_task[t].select(policies) for t in tasks])
 
 
 def resample_weights(clusters: int, task: str, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
@@ -119,7 +209,7 @@ def bootstrap(
     Resamples of every task mean are held: 8 bytes x tasks x resamples x policies.
     """
     ranked = [t for t in paired.tasks if ranked is None or t in ranked]
-    means, logits, ratios = {}, {}, {}
+    means, logits, ratios, ranges = {}, {}, {}, {}
     for task in track(paired.tasks):
         t = paired.tasks.index(task)
         sums = _Sums(paired, t, reference, zero)
@@ -131,7 +221,7 @@ def bootstrap(
             base = (chance or {}).get(task, 0.0)
             ratio = None if reference is None else _task_retention(sums, draws, too_few, reference, base)
         if ratio is not None:
-            ratios[task] = ratio
+            ratios[task], ranges[task] = ratio
     kept = [t for t in ranked if t in ratios]
     return Bootstrap(
         macro=_mean([means[t] for t in ranked]),
@@ -140,8 +230,8 @@ def bootstrap(
         ranked=tuple(ranked),
         retention_tasks=tuple(kept),
         means=means,
-        tasks={t: _intervals(m) for t, m in means.items()},
-        task_retention={t: _intervals(r) for t, r in ratios.items()},
+        ratios=ratios,
+        ranges=ranges,
     )
 
 
@@ -179,13 +269,13 @@ class _Sums:
                 done += len(weights)
         return total
 
-    def centred(self, influence: np.ndarray) -> np.ndarray:
-        """Influence [clusters, P] of a design that draws within strata: only departures from their means count."""
-        influence = np.nan_to_num(influence)
-        for stratum in np.unique(self.strata):
-            own = self.strata == stratum
-            influence[own] -= influence[own].mean(0)
-        return influence
+    def influence(self, moved: np.ndarray) -> Influence:
+        """From [clusters, P], of a design that draws within strata: only departures from their means count."""
+        moved = np.nan_to_num(moved)
+        groups = np.unique(self.strata, return_inverse=True)[1]
+        for group in range(groups.max() + 1):
+            moved[groups == group] -= moved[groups == group].mean(0)
+        return Influence(moved, groups)
 
 
 def _task_mean(sums: _Sums, draws: np.ndarray, too_few: np.ndarray) -> Sampled:
@@ -193,23 +283,23 @@ def _task_mean(sums: _Sums, draws: np.ndarray, too_few: np.ndarray) -> Sampled:
     point = total.sum(0) / count.sum(0)
     resampled = draws[:, 0] / draws[:, 1]
     resampled[:, too_few] = np.nan
-    return Sampled(point, resampled, sums.centred((total - point * count) / count.sum(0)))
+    return Sampled(point, resampled, sums.influence((total - point * count) / count.sum(0)))
 
 
 def _task_logit(mean: Sampled, n: np.ndarray) -> Sampled:
-    def shrunk(p: np.ndarray) -> np.ndarray:
-        return np.asarray((n * p + 0.5) / (n + 1))
+    """Percentiles do not mind the bend of the logit, a t interval would: no influence."""
 
-    near = shrunk(mean.point)
-    slope = n / (n + 1) / (near * (1 - near))
-    point, draws = (np.log(shrunk(p) / (1 - shrunk(p))) for p in (mean.point, mean.draws))
-    return Sampled(point, draws, None if mean.influence is None else mean.influence * np.nan_to_num(slope))
+    def logit(p: np.ndarray) -> np.ndarray:
+        shrunk = (n * p + 0.5) / (n + 1)
+        return np.asarray(np.log(shrunk / (1 - shrunk)))
+
+    return Sampled(logit(mean.point), logit(mean.draws))
 
 
 def _task_retention(
     sums: _Sums, draws: np.ndarray, too_few: np.ndarray, reference: int, chance: float
-) -> Sampled | None:
-    """None where the reference does not score above the zero."""
+) -> tuple[Sampled, np.ndarray] | None:
+    """Retention, and the reference's mean minus the zero's; None where the reference does not score above the zero."""
     full, own, base, count = (sums.sums[:, k] for k in range(2, 6))
     base = base + chance * count
     gain, range_ = (own - base).sum(0), (full - base).sum(0)
@@ -220,50 +310,23 @@ def _task_retention(
     resampled = (draws[:, 3] - many) / (draws[:, 2] - many)
     resampled = np.where(np.isfinite(resampled), resampled, np.nan)
     resampled[:, too_few] = np.nan
-    return Sampled(point, resampled, sums.centred((own - base - point * (full - base)) / range_))
+    sampled = Sampled(point, resampled, sums.influence((own - base - point * (full - base)) / range_))
+    return sampled, range_ / count.sum(0)
 
 
 def _mean(tasks: Sequence[Sampled]) -> Sampled:
     point = sum(t.point / len(tasks) for t in tasks)
     draws = sum(t.draws / len(tasks) for t in tasks)
-    influence = np.concatenate([t.influence / len(tasks) for t in tasks if t.influence is not None])
-    return Sampled(np.asarray(point), np.asarray(draws), influence)
+    parts = [(1 / len(tasks), t.influence) for t in tasks if t.influence is not None]
+    return Sampled(np.asarray(point), np.asarray(draws), joined(parts) if len(parts) == len(tasks) else None)
 
 
-def _intervals(sampled: Sampled) -> tuple[Interval, ...]:
-    return tuple(map(sampled.interval, range(len(sampled.point))))
-
-
-def percentiles(
-    estimate: float, draws: np.ndarray, influence: np.ndarray | None = None, level: float = 0.95
-) -> Interval:
-    """The estimate with the percentiles of its resamples, bias-corrected and accelerated (BCa) where they are skewed.
-
-    influence [clusters]: see `Sampled`; without it the percentiles stay as they are.
-    """
+def percentiles(estimate: float, draws: np.ndarray, shape: Shape | None = None, level: float = 0.95) -> Interval:
+    """The estimate with the percentiles of its resamples, or with a `skewed_t` interval where those undercover."""
     draws = draws[~np.isnan(draws)]
     if not len(draws):
         return Interval(float(estimate), math.nan, math.nan)
-    shares = np.array([(1 - level) / 2, (1 + level) / 2])
-    if influence is not None and np.sum(influence != 0) >= FEW_CLUSTERS and abs(skewness(draws)) > SKEWED:
-        shares = _bca_shares(estimate, draws, influence, shares)
-    low, high = np.percentile(draws, 100 * shares)
+    if shape is not None and shape.corrects:
+        return shape.skewed_t(estimate, level)
+    low, high = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
     return Interval(float(estimate), float(low), float(high))
-
-
-def skewness(draws: np.ndarray) -> float:
-    """Third standardized moment; 0 for constant draws."""
-    off = draws - draws.mean()
-    spread = float((off @ off) / len(off))
-    return float((off * off) @ off) / len(off) / spread**1.5 if spread > 1e-24 else 0.0
-
-
-def _bca_shares(estimate: float, draws: np.ndarray, influence: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Efron 1987, doi:10.1080/01621459.1987.10478410: shifts for median bias and for a standard error that moves."""
-    normal = NormalDist()
-    below = (np.sum(draws < estimate) + 0.5 * np.sum(draws == estimate)) / len(draws)
-    bias = normal.inv_cdf(min(max(float(below), 1 / len(draws)), 1 - 1 / len(draws)))
-    squares = float(influence @ influence)
-    acceleration = float((influence**2) @ influence) / (6 * squares**1.5) if squares > 0 else 0.0
-    z = [bias + normal.inv_cdf(float(share)) for share in shares]
-    return np.array([normal.cdf(bias + x / (1 - acceleration * x)) for x in z])
