@@ -2,6 +2,13 @@
 
 By default the kernels on CUDA and PyTorch elsewhere. The environment variable KVBENCH_BACKEND names one: "torch",
 "triton", or "interpret", which runs the kernels in Triton's interpreter on the CPU (slow; for tests).
+
+Why a kernel that was to run did not is logged once; what ran in a stretch of a program, and why, is in `watch`:
+
+    >>> with watch() as ran:
+    ...     pass  # attend to packed slots
+    >>> ran.attended, ran.fallbacks
+    (set(), set())
 """
 
 from __future__ import annotations
@@ -10,14 +17,55 @@ import importlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
 
 _log = logging.getLogger("kvbench")
-_said: set[tuple[str, str | None]] = set()
+_said: set[str] = set()
 
 BACKENDS = ("torch", "triton", "interpret")
+
+
+@dataclass
+class Ran:
+    """What a `watch` saw: the backends that attended to packed slots, and why kernels that were to run did not."""
+
+    attended: set[str] = field(default_factory=set)
+    fallbacks: set[str] = field(default_factory=set)
+
+
+_watching: list[Ran] = []
+
+
+@contextmanager
+def watch() -> Iterator[Ran]:
+    """Notes what runs inside."""
+    ran = Ran()
+    _watching.append(ran)
+    try:
+        yield ran
+    finally:
+        _watching.pop()
+
+
+def attended(name: str) -> None:
+    """Notes that the backend `name` attends to packed slots."""
+    for ran in _watching:
+        ran.attended.add(name)
+
+
+def falls_back(what: str, name: str, why: str | None) -> None:
+    """Notes, and says once, why `what` runs in PyTorch, not in the backend `name`."""
+    message = f"{what} runs in PyTorch, not in {name}: {why}"
+    for ran in _watching:
+        ran.fallbacks.add(message)
+    if message not in _said:
+        _said.add(message)
+        _log.warning(message)
 
 
 def chosen(device: torch.device) -> str:
@@ -49,7 +97,5 @@ def implementation(folder: str, device: torch.device) -> ModuleType:
             kernels, why = None, f"tensors are on {device}; KVBENCH_BACKEND=interpret runs kernels there"
         if kernels is not None:
             return kernels
-        if (folder, why) not in _said:
-            _said.add((folder, why))
-            _log.warning("kernels/%s runs in PyTorch, not in %s: %s", folder, name, why)
+        falls_back(f"kernels/{folder}", name, why)
     return importlib.import_module(f"kvbench.kernels.{folder}.reference")

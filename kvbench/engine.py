@@ -37,6 +37,7 @@ from kvbench.answer import (
 )
 from kvbench.baselines import Baseline, BaselineError, full_nbytes, held_nbytes, quantized_cache
 from kvbench.cache import CompressedCache, signals
+from kvbench.kernels.choice import watch
 from kvbench.policies.full import Full
 from kvbench.policies.interface import BudgetError, Evictor, Policy, Selector, Stack
 from kvbench.prompts import prepare
@@ -91,7 +92,11 @@ def run_stacks(
         for i in open_runs:
             if runs[i].infeasible is None:
                 try:
-                    part = _replay(prefill, folded[i])
+                    with watch() as ran:
+                        part = _replay(prefill, folded[i])
+                    part.fallbacks = sorted(ran.fallbacks)
+                    for row in part.rows:
+                        row["backend"] = "+".join(sorted(ran.attended)) or None
                 except (BudgetError, BaselineError) as error:
                     part = Run(infeasible=str(error))
                 on_finished(i, part)

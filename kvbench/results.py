@@ -67,7 +67,10 @@ class Provenance(_Record):
     commit: str = ""
     command: str = ""
     versions: dict[str, str] = {}
+    model_revision: str = ""  # the commit that was loaded from the Hub
     device: str = ""
+    backend: str = ""  # that was to run on the device, see kvbench.kernels.choice; "" in older cells
+    fallbacks: list[str] = []  # why it did not run where it did not
     started: str = ""
     seconds: Duration = 0.0
 
@@ -96,6 +99,9 @@ class Sample(_Record):
     # [layers][kv heads]: share of the needle's tokens whose slots are kept at the end of the compression, layers with
     # full attention only; see kvbench.misses. None where the prompt has no needle.
     needle_kept: list[list[Share]] | None = None
+    # What attended to packed slots: "torch", "triton" or "interpret"; "torch+triton" where layers or steps differed;
+    # None where nothing was packed, and in older cells.
+    backend: str | None = None
     details: dict[str, Any] | None = None  # what the task measures besides the score
     prefill_s: Duration = 0.0
     decode_s: Duration = 0.0

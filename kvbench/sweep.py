@@ -33,6 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kvbench.answer import Prompt, Run, Task
 from kvbench.engine import RECORDS, batches_for, context_limit, run_stacks
+from kvbench.kernels.choice import chosen
 from kvbench.policies.full import Full
 from kvbench.policies.interface import Policy, Stack
 from kvbench.prompts import cache_folder, prepare
@@ -61,6 +62,7 @@ class Plan:
     prompts: Path | None
     out: Path
     wandb: dict[str, Any]
+    device_map: Any = None
 
     @property
     def id(self) -> str:
@@ -69,7 +71,7 @@ class Plan:
     @property
     def group(self) -> str:
         shared = {k: v for k, v in self.config.items() if k != "policy"}
-        return canonical([shared, self.batch_size, self.batch_tokens, self.record, str(self.out)])
+        return canonical([shared, self.batch_size, self.batch_tokens, self.record, str(self.out), self.device_map])
 
     @property
     def partial(self) -> Path:
@@ -144,8 +146,10 @@ def plan_cells(config: DictConfig) -> list[Plan]:
     if config.record not in RECORDS:
         raise UserError(f"record={config.record} is not one of {', '.join(RECORDS)}")
     fields = dataclasses.asdict(task)
+    model = OmegaConf.to_container(config.model, resolve=True)
+    device_map = model.pop("device_map", None)  # where a model lies makes it no other
     base = {
-        "model": {k: config.model[k] for k in ("name", "path", "dtype")},
+        "model": {k: v for k, v in model.items() if k != "revision" or v is not None},
         "task": json.loads(json.dumps({"name": task.name, "kind": task.kind, **fields})),
         "query_aware": bool(config.query_aware),
         "seed": int(config.seed),
@@ -155,7 +159,7 @@ def plan_cells(config: DictConfig) -> list[Plan]:
     def cell(policy: Policy, names: dict[str, Any], model: dict[str, Any], batch_size: int, tokens: int) -> Plan:
         described = {"memory": None, "budget": None, **names, "stack": str(policy)}
         full = {**base, "model": {**base["model"], **model}, "policy": described}
-        return Plan(full, policy, task, batch_size, tokens, config.record, prompts, Path(config.out), wandb)
+        return Plan(full, policy, task, batch_size, tokens, config.record, prompts, Path(config.out), wandb, device_map)
 
     names = {"evict": choices.evict, "quant": choices.quant}
     if not isinstance(evict, Full):
@@ -220,6 +224,7 @@ def _run_groups(groups: list[list[Plan]]) -> tuple[list[dict[str, Any]], dict[st
             if not group:
                 continue
             model_config = {k: v for k, v in group[0].config["model"].items() if k != "batch_size"}
+            model_config["device_map"] = group[0].device_map
             if loaded[0] != canonical(model_config):
                 progress.update(bar, description=f"loading {model_config['name']}")
                 loaded = (canonical(model_config), load_model(**model_config))
@@ -322,14 +327,16 @@ def _read_partial(path: Path) -> list[Run]:
 
 
 def load_model(
-    name: str, path: str, dtype: str, device_map: str | None = None
+    name: str, path: str, dtype: str, device_map: Any = None, revision: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer from the Hub, a folder, or ("proving") this package."""
     disable_progress_bar()
     source = str(files("kvbench") / "assets" / "proving") if path == "proving" else path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], device_map=device_map)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], device_map=device_map, revision=revision or "main"
+        )
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load model.path={path}: {reason}") from error
@@ -361,7 +368,10 @@ def _to_cell(plan: Plan, run: Run, started: str, model: PreTrainedModel) -> dict
                 "torch": torch.__version__,
                 "transformers": version("transformers"),
             },
+            "model_revision": getattr(model.config, "_commit_hash", None) or "",
             "device": _device(model),
+            "backend": chosen(model.device),
+            "fallbacks": run.fallbacks,
             "started": started,
             "seconds": run.seconds,
         },

@@ -318,3 +318,54 @@ def test_truncated_answers_and_details_are_in_the_row(tiny):
     assert all(row["details"]["letters"] == len(row["prediction"]) for row in run.rows)
     (plain,) = run_stacks(model, tokenizer, Mixed(), [Full()])
     assert all("details" not in row for row in plain.rows)
+
+
+def held(record):
+    """Bytes of all tensors that a record keeps alive, the model's weights aside, by device."""
+    found, seen, todo = {}, set(), [record]
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, type | torch.nn.Module):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            found[thing.untyped_storage().data_ptr()] = thing.device.type, thing.untyped_storage().nbytes()
+        elif isinstance(thing, dict):
+            todo += thing.values()
+        elif isinstance(thing, list | tuple):
+            todo += thing
+        else:
+            todo += vars(thing).values() if hasattr(thing, "__dict__") else []
+            todo += [getattr(thing, name, None) for name in getattr(thing, "__slots__", ())]
+    return {kind: sum(n for where, n in found.values() if where == kind) for kind, _ in found.values()}
+
+
+@pytest.mark.parametrize("where", [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("record", ["device", "cpu", "recompute"])
+@pytest.mark.parametrize("signal", [False, True])
+def test_the_record_of_a_prompt_takes_the_documented_bytes(tiny, monkeypatch, where, record, signal):
+    """2 x layers x heads x head size x bytes per number for every token, 4 bytes per layer, head and token for
+    accumulated attention, and little besides; on the device only if it is to wait there."""
+    model, tokenizer = tiny
+    model.to(where)
+    kept, sizes, answer, keep = [], [], engine.answer, engine._Prefill._keep
+
+    def watched(*arguments, **options):
+        sizes.append(held(kept[-1]) if kept else {})
+        return answer(*arguments, **options)
+
+    monkeypatch.setattr(engine, "answer", watched)
+    monkeypatch.setattr(engine._Prefill, "_keep", lambda self, *given: (kept.append(given[1]), keep(self, *given)))
+    task = Recall(length=640, needles=2, count=1)
+    stacks = [H2O(budget=0.25) if signal else KeyDiff(budget=64), StreamingLLM(budget=64)]
+    (row, _) = (run.rows[0] for run in run_stacks(model, tokenizer, task, stacks, record=record))
+    model.to("cpu")
+    tokens = row["kv_bytes_full"] // 512
+    keys_and_values, attention = tokens * 2 * 2 * 2 * 32 * 4, tokens * 2 * 2 * 4 * signal
+    for size in sizes:
+        if record == "recompute":
+            assert size == {}
+        else:
+            assert keys_and_values + attention <= sum(size.values()) <= keys_and_values + attention + 256
+            assert size.get("cuda", 0) == 0 or record == "device" or size["cuda"] <= attention + 256
+    assert len(sizes) == 2

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
 
 from kvbench.cli import main
 from kvbench.results import read_cells
@@ -167,6 +168,28 @@ def test_single_run(kvbench, tmp_path):
     code, output = kvbench("evict=keydiff", "budget=64", "out=one", *SMALL)
     assert code == 0 and "score" in output, output
     assert {c.config.policy.stack for c in read_cells(tmp_path / "one")[0]} == {"KeyDiff(budget=64)", "Full()"}
+
+
+def test_a_model_is_loaded_as_asked_and_its_commit_noted(kvbench, tmp_path, monkeypatch):
+    load, asked = AutoModelForCausalLM.from_pretrained, []
+
+    def from_the_hub(source, *, revision, device_map, **options):
+        asked.append((revision, device_map))
+        model = load(source, **options)
+        model.config._commit_hash = "0123abc"
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_the_hub)
+    code, output = kvbench(
+        "evict=snapkv", "memory=0.5", "model.revision=v1", "model.device_map={lm_head: 0}", "out=one", *SMALL
+    )
+    assert code == 0, output
+    cells, _ = read_cells(tmp_path / "one")
+    assert asked == [("v1", {"lm_head": 0})]
+    assert {cell.provenance.model_revision for cell in cells} == {"0123abc"}
+    code, output = kvbench("evict=snapkv", "memory=0.5", "model.device_map=auto", "out=one", *SMALL)
+    assert code == 0 and asked[1] == ("main", "auto"), output
+    assert len(read_cells(tmp_path / "one")[0]) == 2 * len(cells)  # of the newest revision; devices make no other cell
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 BLOCK_ELEMENTS = 2**22
 """Most logits held at a time on a CPU (16 MiB in float32: they stay in cache); 16 times as many on other devices."""
@@ -82,16 +83,56 @@ def attend_tiles(
     scaled = _group(query, heads).float() * scaling
     logits = [scores(scaled, a, b) for a, b in ends]
     visible = _visible(query, heads, query_position, key_position, allowed, recent)
-    weights = _normalized(logits[0] if len(ends) == 1 else torch.cat(logits, -1), visible, query, softcap, sinks)
+    raw = logits[0] if len(ends) == 1 else torch.cat(logits, -1)
+    weights = _normalized(_capped(raw, softcap), visible, query, sinks)
     out = sum(mix(weights[..., a:b], a, b) for a, b in ends)
     assert isinstance(out, Tensor)
     return out.to(query.dtype).view_as(query), weights
 
 
-def attend_causal(query: Tensor, keys: Tensor, values: Tensor, *, scaling: float) -> Tensor:
-    """Plain causal attention of a sequence on itself, all tokens real: the fused kernel without a mask."""
-    grouped = query.shape[1] != keys.shape[1]
-    return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
+def attend_causal(query: Tensor, keys: Tensor, values: Tensor, *, scaling: float) -> tuple[Tensor, Tensor | None]:
+    """Plain causal attention of the newest tokens to all S slots, themselves the last T: fused kernels without a mask.
+
+    Output [B, Hq, T, D], and LSE [B, Hq, T] float32 as the fused kernel has it; None where it has none, or on the CPU
+    none that is exact: in half precision its exponentials are wrong by 6e-5. With slots before the new tokens there are
+    two passes, over those and over the tokens themselves:
+
+        LSE_i = log(exp(LSE1_i) + exp(LSE2_i))          out_i = exp(LSE1_i - LSE_i) out1_i + exp(LSE2_i - LSE_i) out2_i
+    """
+    before = keys.shape[2] - query.shape[2]
+    found = _fused(query, keys[:, :, before:], values[:, :, before:], True, scaling)
+    earlier = _fused(query, keys[:, :, :before], values[:, :, :before], False, scaling) if before else None
+    if found is None or (before and earlier is None):
+        if before:
+            at = torch.arange(keys.shape[2], device=query.device).expand(query.shape[0], -1)
+            return attend(query, keys, values, at[:, before:], at[:, None], scaling=scaling), None
+        grouped = query.shape[1] != keys.shape[1]
+        return F.scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped
+        ), None
+    out, lse = found
+    if earlier is not None:
+        whole = torch.logaddexp(lse, earlier[1])
+        out = out * (lse - whole).exp()[..., None] + earlier[0] * (earlier[1] - whole).exp()[..., None]
+        out, lse = out.to(query.dtype), whole
+    return out, None if query.device.type == "cpu" and query.element_size() < 4 else lse
+
+
+def _fused(query: Tensor, keys: Tensor, values: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor] | None:
+    """Output and LSE of the kernel that `scaled_dot_product_attention` would choose, if that returns both."""
+    operators, grouped = torch.ops.aten, query.shape[1] != keys.shape[1]
+    chosen = torch._fused_sdp_choice(query, keys, values, None, 0.0, causal, scale=scaling, enable_gqa=grouped)
+    if chosen == SDPBackend.FLASH_ATTENTION.value and query.device.type == "cpu":
+        found = operators._scaled_dot_product_flash_attention_for_cpu(query, keys, values, 0.0, causal, scale=scaling)
+    elif chosen == SDPBackend.FLASH_ATTENTION.value and query.shape[3] % 8 == 0:
+        found = operators._scaled_dot_product_flash_attention(query, keys, values, 0.0, causal, scale=scaling)
+    elif chosen == SDPBackend.CUDNN_ATTENTION.value:
+        found = operators._scaled_dot_product_cudnn_attention(
+            query, keys, values, None, True, 0.0, causal, scale=scaling
+        )
+    else:
+        return None
+    return found[0], found[1].reshape(query.shape[:3])
 
 
 def probabilities(
@@ -103,9 +144,15 @@ def probabilities(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    allowed: Tensor | None = None,
+    recent: int | Tensor = 0,
+    window: int | None = None,
 ) -> Tensor:
-    """The attention rows themselves, [B, Hq, T, S] float32: for a handful of queries (an observation window)."""
-    visible = _visible(query, keys.shape[1], query_position, key_position)
+    """The attention rows themselves, [B, Hq, T, S] float32: for a handful of queries (an observation window).
+
+    allowed, recent: as in `attend`. window: queries see none but so many of the newest positions, their own among them.
+    """
+    visible = _visible(query, keys.shape[1], query_position, key_position, allowed, recent, window)
     weights = _weights(query, keys, visible, scaling, softcap, sinks)
     return weights.view(*query.shape[:3], keys.shape[2])
 
@@ -122,10 +169,13 @@ def column_sums(
     query_valid: Tensor | None = None,
     allowed: Tensor | None = None,
     recent: int | Tensor = 0,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attention each slot receives, summed over queries and over the query heads of its group: [B, H, S] float32.
 
-    query_valid [B, T] bool leaves out pads; allowed, recent: as in `attend`. Memory is O(S * block), never O(T * S).
+    query_valid [B, T] bool leaves out pads; allowed, recent: as in `attend`. lse [B, Hq, T] float32: LSE of each query,
+    as the attention before has it (`attend_causal`), so that no softmax is computed again. The queries may be any of
+    those that attended: a window of the last, or probes. Memory is O(S * block), never O(T * S).
     """
     batch, heads, slots, _ = keys.shape
     total = torch.zeros((batch, heads, slots), dtype=torch.float32, device=keys.device)
@@ -138,16 +188,27 @@ def column_sums(
                 scaling=scaling, softcap=softcap, sinks=sinks,
                 allowed=None if allowed is None else (allowed if len(allowed) == 1 else allowed[at])[..., :live],
                 recent=recent if isinstance(recent, int) else recent[at],
+                lse=None if lse is None else lse[at, :, real],
             )  # fmt: skip
         return total
+    if lse is not None:  # who sees nothing, or is a pad, gives nothing
+        silent = lse == -torch.inf if query_valid is None else (lse == -torch.inf) | ~query_valid[:, None]
+        lse = lse.masked_fill(silent, torch.inf)
     for block in _blocks(query, keys):
-        part, newest = query[:, :, block], query_position[:, block].amax()
-        # Slots are in order: those after the last one that any query of the block sees get nothing.
-        reach = int((key_position <= newest).sum(-1).amax())
-        near, open_to = keys[:, :, :reach], None if allowed is None else allowed[..., :reach]
-        visible = _visible(part, heads, query_position[:, block], key_position[..., :reach], open_to, recent)
-        weights = _weights(part, near, visible, scaling, softcap, sinks)
-        if query_valid is not None:
+        part, position = query[:, :, block], query_position[:, block]
+        # Slots are in order: those up to the oldest query of the block are visible to all of them, unless narrowed, and
+        # those after the newest to none.
+        reach = int((key_position <= position.amax()).sum(-1).amax())
+        clear = int(((key_position >= 0) & (key_position <= position.amin())).sum(-1).amin()) if allowed is None else 0
+        open_to = None if allowed is None else allowed[..., :reach]
+        visible = _visible(part, heads, position, key_position[..., clear:reach], open_to, recent)
+        logits = _logits(part, keys[:, :, :reach], scaling, softcap)
+        if lse is None:
+            weights = _normalized(logits, visible, part, sinks)
+        else:
+            logits[..., clear:].masked_fill_(~visible, -torch.inf)
+            weights = logits.sub_(_group(lse[:, :, block, None], heads)).exp_()
+        if query_valid is not None and lse is None:
             weights = weights.view(*part.shape[:3], reach) * query_valid[:, None, block, None]
             weights = weights.view(batch, heads, -1, reach)
         total[..., :reach] += weights.sum(2)
@@ -175,12 +236,15 @@ def _visible(
     key_position: Tensor,
     allowed: Tensor | None = None,
     recent: int | Tensor = 0,
+    window: int | None = None,
 ) -> Tensor:
     """[B, H or 1, G*T, S] bool."""
     query_heads = query.shape[1]
     repeats = query_heads // heads
     at, slot = query_position[:, None, :, None], key_position[:, :, None]
     visible = (slot >= 0) & (slot <= at)  # [B, H or 1, T, S]
+    if window is not None:
+        visible &= slot > at - window
     if allowed is None:
         return visible.repeat(1, 1, repeats, 1) if repeats > 1 else visible
     near = slot > at - (recent if isinstance(recent, int) else recent.view(-1, 1, 1, 1))
@@ -209,18 +273,29 @@ def _weights(
     sinks: Tensor | None,
 ) -> Tensor:
     """[B, H, G*T, S] float32."""
-    logits = (_group(query, keys.shape[1]).float() * scaling) @ keys.float().transpose(-1, -2)
-    return _normalized(logits, visible, query, softcap, sinks)
+    return _normalized(_logits(query, keys, scaling, softcap), visible, query, sinks)
 
 
-def _normalized(logits: Tensor, visible: Tensor, query: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Softmax of logits [B, H, G*T, S] float32 over what is visible and the learned sinks; may write into them."""
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill_(~visible, -torch.inf)
+def _logits(query: Tensor, keys: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """[B, H, G*T, S] float32, of all slots."""
+    return _capped((_group(query, keys.shape[1]).float() * scaling) @ keys.float().transpose(-1, -2), softcap)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _normalized(logits: Tensor, visible: Tensor, query: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax of logits [B, H, G*T, S] float32 over what is visible and the learned sinks; writes into them.
+
+    visible: of the last slots; those before are visible to all.
+    """
+    clear = logits.shape[-1] - visible.shape[-1]
+    logits[..., clear:].masked_fill_(~visible, -torch.inf)
     if sinks is not None:
         batch, heads, rows, slots = logits.shape
         sink = sinks.float().view(1, heads, -1, 1).expand(batch, -1, -1, query.shape[2]).reshape(batch, heads, rows, 1)
         return torch.cat([logits, sink], dim=-1).softmax(-1)[..., :slots]
+    weights = logits.softmax(-1)
     # Where nothing is visible, softmax would be 0 / 0.
-    return logits.softmax(-1).masked_fill_(~visible.any(-1, keepdim=True), 0)
+    return weights if clear else weights.masked_fill_(~visible.any(-1, keepdim=True), 0)

@@ -1,8 +1,9 @@
 """Scores of slots in Triton.
 
-Column sums take a second pass over queries and keys, after the log-sum-exp of every query is known:
+Column sums take a second pass over queries and keys, after the log-sum-exp of every query is known, from the attention
+before (`kvbench.kernels.attention.attend_causal`) or from a pass of its own:
 
-    LSE_i = log(exp(sink) + sum_s exp(logit[i, s]))          a program per block of queries
+    LSE_i = log(exp(sink) + sum_s exp(logit[i, s]))          a program per block of queries, if there is none at hand
     column_sum_s = sum_i exp(logit[i, s] - LSE_i)            a program per block of keys and key-value head
 
 so nothing larger than queries + slots is ever written, and each sum has one writer: no atomics, the same bits on every
@@ -47,7 +48,7 @@ def column_sums(
 ) -> Tensor:
     """See `kvbench.kernels.attention.column_sums`: [B, H, S] float32.
 
-    lse [B, Hq, T] float32: what `log_sum_exp` gives, if it is at hand. blocks: queries and keys at a time.
+    lse [B, Hq, T] float32: what `log_sum_exp` gives, if the attention before has it. blocks: queries, keys at a time.
     """
     seen = _Seen(query, keys, query_position, key_position, query_valid, allowed, recent, blocks)
     options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
@@ -275,7 +276,7 @@ def column_kernel(
             row = start + tl.arange(0, BQ)
             newest = tl.load(at + row, mask=row < tokens, other=-1)
             level = tl.load(lse + line * tokens + row, mask=row < tokens, other=0.0) * 1.4426950408889634
-            level = tl.where(level == float("-inf"), 0.0, level)
+            level = tl.where((newest < 0) | (level == float("-inf")), 0.0, level)  # who sees nothing gives nothing
             s = _logits(
                 q, k, newest, newest - back, slot, allowed + line * slots, block * BK, slots, scaling, softcap,
                 NARROWED, SOFTCAP, BK,

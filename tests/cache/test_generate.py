@@ -109,6 +109,7 @@ def body(cache, layer: int, side: str, row: int) -> list[torch.Tensor]:
     held = getattr(cache.layers[layer].kv, side).body
     if held is None:
         return []
+    held = held.exact
     ends = held.counts.per_head.sum(1).cumsum(0).tolist()
     part = slice(([0, *ends])[row], ends[row])
     group = held._explicit()[part] if held.groups else None

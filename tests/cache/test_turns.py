@@ -170,6 +170,7 @@ def packed_by_position(cache: CompressedCache) -> dict[tuple, bytes]:
             body = getattr(layer.kv, side).body
             if body is None:
                 continue
+            body = body.exact
             group = body._explicit() if body.groups else torch.zeros(body.counts.total, dtype=torch.long)
             lists = [(row, head) for row in range(body.counts.shape[0]) for head in range(body.counts.shape[1])]
             start = 0

@@ -143,14 +143,89 @@ def test_chunks_add_up_to_one_shot_and_to_the_number_of_queries(monkeypatch, ele
     assert (sunk.sum(-1) < 46).all()  # the learned sink takes its part
 
 
+@pytest.mark.parametrize("before", [0, 1, 20])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_causal_path_equals_the_positioned_path(layout):
+def test_causal_path_equals_the_positioned_path(layout, before, device):
+    """Also in two passes, when there are slots `before` the tokens; and its log-sum-exps are those of float64."""
     batch, heads, repeats = layout
-    query = torch.randn(batch, heads * repeats, 12, 8)
-    keys, values = torch.randn(2, batch, heads, 12, 8).unbind()
-    at = torch.arange(12).expand(batch, -1)
-    expected = attend(query, keys, values, at, at[:, None].int(), scaling=0.3)
-    torch.testing.assert_close(attend_causal(query, keys, values, scaling=0.3), expected)
+    query = 2 * torch.randn(batch, heads * repeats, 12, 8)
+    keys, values = 2 * torch.randn(2, batch, heads, before + 12, 8)
+    at = torch.arange(before + 12).expand(batch, -1)
+    query, keys, values, at = on(device, query, keys, values, at)
+    out, lse = attend_causal(query, keys, values, scaling=0.3)
+    torch.testing.assert_close(out, attend(query, keys, values, at[:, before:], at[:, None].int(), scaling=0.3))
+    if device.type == "cpu":  # on CUDA, the fused kernels for float32 do not group heads
+        torch.testing.assert_close(lse.double(), exact_lse(query, keys, scaling=0.3), rtol=0, atol=1e-5)
+    half = [x.bfloat16() for x in (query, keys, values)]
+    out, lse = attend_causal(*half, scaling=0.3)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, attend(*half, at[:, before:], at[:, None].int(), scaling=0.3), atol=3e-2, rtol=3e-2)
+    assert (lse is None) == (device.type == "cpu")  # where it is not exact in half precision
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dim", "before"), [(64, 0), (128, 0), (128, 777), (256, 1)])
+def test_fused_log_sum_exps_on_a_gpu(dim, before, dtype, device):
+    query = torch.randn(2, 8, 500, dim, device=device, dtype=dtype)
+    keys, values = torch.randn(2, 2, 2, before + 500, dim, device=device, dtype=dtype)
+    _, lse = attend_causal(query, keys, values, scaling=dim**-0.5)
+    torch.testing.assert_close(lse.double(), exact_lse(query, keys, scaling=dim**-0.5), rtol=0, atol=1e-5)
+
+
+def exact_lse(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """[B, Hq, T] float64 of the newest tokens."""
+    tokens, slots = query.shape[2], keys.shape[2]
+    logits = query.double() @ keys.double().repeat_interleave(query.shape[1] // keys.shape[1], 1).mT * scaling
+    hidden = torch.ones(tokens, slots, dtype=torch.bool, device=query.device).triu(slots - tokens + 1)
+    return logits.masked_fill(hidden, -torch.inf).logsumexp(-1)
+
+
+@pytest.mark.parametrize("elements", [2**22, 1000])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_sums_from_the_attention_s_own_log_sum_exps(layout, elements, monkeypatch):
+    """A causal prompt, probes and a window of it; every query gives 1 per head in all."""
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", elements)
+    batch, heads, repeats = layout
+    query, keys = 2 * torch.randn(batch, heads * repeats, 40, 8), 2 * torch.randn(batch, heads, 40, 8)
+    at = torch.arange(40).expand(batch, -1)
+    _, lse = attend_causal(query, keys, keys, scaling=0.4)
+    weights = dense_oracle(query, keys, at, at[:, None], 0.4).unflatten(1, (heads, repeats))
+    for chosen in (range(40), [3, 17, 38], range(30, 40)):
+        i = list(chosen)
+        sums = column_sums(query[:, :, i], keys, at[:, i], at[:, None].int(), scaling=0.4, lse=lse[:, :, i])
+        torch.testing.assert_close(sums.double(), weights[:, :, :, i].sum((2, 3)), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(sums.sum(-1), torch.full((batch, heads), float(len(i) * repeats)))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("extra", EXTRAS, ids=str)
+def test_sums_from_any_log_sum_exps(extra, batch, monkeypatch):
+    """Ragged slots, selections, sinks; what stands for pads and for queries that see nothing does not matter."""
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 300)
+    query, keys, _, query_position, position = ragged(batch, 2, 2, tokens=13)
+    position[0] = torch.where(position[0] < 9, -1, position[0])
+    position = torch.where(position < 0, 99, position).sort(-1).values
+    position = torch.where(position == 99, -1, position)
+    query_position[0, 3], arguments = 2, (query, keys, query_position, position)  # sees nothing
+    chosen = options(extra, 4) | {"allowed": torch.rand(batch, 4, 9) > 0.4, "recent": 2}
+    valid = torch.rand(batch, 13) < 0.7
+    rows = dense_rows(*arguments, **chosen)
+    lse = torch.where(valid[:, None], rows.logsumexp(-1), torch.nan).float()
+    torch.testing.assert_close(
+        column_sums(*arguments, **chosen, query_valid=valid, lse=lse),
+        column_sums(*arguments, **chosen, query_valid=valid), rtol=1e-5, atol=1e-6,
+    )  # fmt: skip
+
+
+def dense_rows(query, keys, query_position, position, scaling, allowed, recent, softcap=None, sinks=None) -> Tensor:
+    """[B, Hq, T, S or S + 1] float64 logits, -inf where not visible; the sink is the last."""
+    logits = query.double() @ keys.double().repeat_interleave(2, 1).mT * scaling
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    slot, at = position.repeat_interleave(2, 1)[:, :, None], query_position[:, None, :, None]
+    visible = (slot >= 0) & (slot <= at) & (allowed[:, :, None] | (slot > at - recent))
+    logits = logits.masked_fill(~visible, -torch.inf)
+    return logits if sinks is None else torch.cat([logits, sinks.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
 
 
 @pytest.mark.parametrize("extra", EXTRAS, ids=str)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvbench.kernels import scores
+from kvbench.kernels.attention import attend_causal
 from kvbench.kernels.attention import column_sums as expected_sums
 from kvbench.kernels.scores import reference
 from kvbench.policies import H2O, KeyDiff
@@ -104,6 +105,27 @@ def test_probes_and_a_log_sum_exp_at_hand(device: torch.device) -> None:
     assert torch.equal(case.check(), kernels.column_sums(
         case.query, case.keys, case.at, case.slot, **case.options, lse=lse[:, :, probes], blocks=BLOCKS
     ))  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", [range(40), range(32, 40), [3, 17, 38]], ids=["all", "window", "probes"])
+def test_the_attention_s_own_log_sum_exps(chosen: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that PyTorch's fused attention returns: the sums are the only second pass."""
+    dtype = FULL if device.type == "cpu" else HALF
+    query, keys = (2 * torch.randn(2, heads, 40, 32, device=device, dtype=dtype) for heads in (4, 2))
+    at, i = torch.arange(40, device=device).expand(2, -1), list(chosen)
+    lse = attend_causal(query, keys, keys, scaling=0.2)[1]
+    assert lse is not None
+    valid = torch.rand(2, len(i), device=device) > 0.3
+    lse = lse[:, :, i].masked_fill(~valid[:, None], torch.nan)
+    monkeypatch.setattr(kernels, "_log_sum_exp", None)
+    got = kernels.column_sums(
+        query[:, :, i], keys, at[:, i], at[:, None], scaling=0.2, query_valid=valid, lse=lse, blocks=BLOCKS
+    )
+    logits = query.double() @ keys.double().repeat_interleave(2, 1).mT * 0.2
+    logits = logits.masked_fill(torch.ones(40, 40, dtype=torch.bool, device=device).triu(1), -torch.inf)
+    weights = logits.softmax(-1)[:, :, i] * valid[:, None, :, None]
+    torch.testing.assert_close(got.double(), weights.unflatten(1, (2, 2)).sum((2, 3)), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got.sum(-1), 2.0 * valid.sum(1)[:, None].expand(-1, 2), rtol=1e-5, atol=0)
 
 
 @settings(max_examples=8)
@@ -200,6 +222,11 @@ def test_other_shapes_fit(capability: int, compiling: Any) -> None:
     signature = SIGNATURE | {"query": "*bf16", "keys": "*bf16"}
     built = compiling.compiled(kernels.column_kernel, signature, wide | {"NARROWED": True}, capability)
     assert built.shared <= compiling.MOST_SHARED[capability]
+    padded = SHAPE | {"D": 96, "SINKS": True, "NARROWED": True, "SHARED": False, "COMPUTE": triton.language.float16}
+    signature |= {"query": "*fp16", "keys": "*fp16"}
+    built = compiling.compiled(kernels.lse_kernel, signature, padded, capability, num_warps=8)
+    assert built.shared <= compiling.MOST_SHARED[capability]
+    assert built.loops and all(loop["I2F"] == loop["F2I"] == 0 for loop in built.loops)
     rows = {"HEADS": 8, "key_batch": 2**23, "key_head": 128, "key_row": 1024, "D": 128, "D2": 128, "R": 32, "EPS": 1e-8}
     for kernel, more in (
         (kernels.sum_kernel, {"CHUNK": 512, "UNIT": True}),
