@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-oldest coverage demo lint format clean
+.PHONY: help test test-oldest coverage demo gpu lint format clean
 
 help:  ## show this list
 	@awk -F ':.*## +' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,12 @@ coverage: $(STAMP)  ## run the tests in one process and report untested lines
 demo: $(STAMP)  ## compare policies on the bundled model and build the leaderboard
 	$(BIN)/kvbench -m preset=demo
 	$(BIN)/kvbench leaderboard outputs/demo
+
+# Where no environment was made, $(PYTHON) needs torch, triton, transformers, pytest and hypothesis: none is installed.
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu:  ## run the tests that need a GPU, then scripts/bench_kernels.py: 9 minutes (without a GPU: a dry run)
+	GPU_PYTHON="$(GPU_PYTHON)" scripts/gpu.sh $(ARGS)
 
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check .

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvbench.kernels.choice import chosen, loaded
+from kvbench.kernels.choice import attended, chosen, falls_back, loaded
 from kvbench.kernels.decode import Coded, Format, Side, dense_coded
 from kvbench.policies.interface import KV
 from kvbench.policies.store import Held, Plain
-
-_log = logging.getLogger("kvbench")
-_said: set[str] = set()
 
 last: str | None = None
 """The backend that attended to packed slots last; None: none has."""
@@ -27,34 +23,31 @@ def attend(
     *,
     sums: bool,
     valid: Tensor | None = None,
-    unless: str | None = None,
+    turn: tuple[Tensor, Tensor] | None = None,
     **geometry: Any,
 ) -> tuple[Tensor, Tensor | None] | None:
     """Attention of the newest tokens to all that is held, by a kernel; None: PyTorch has to do it.
 
     query [B, Hq, T, D], position and valid [B, T]; output as query, and, with `sums`, what each slot received,
-    [B, H, S]. unless: why no kernel can run, if that is known. Says once why one that was to run cannot.
+    [B, H, S]. turn: shifts [B, H or 1, S] of keys, and frequency. Says once why a kernel that was to run cannot.
     """
     global last
-    name = chosen(query.device)
-    if name == "torch":
-        last = name
-        return None
-    kernels, why = loaded("decode", name)
-    why = why or unless
-    if kernels is not None and why is None:
-        keys, values = side(kv.keys, query.shape[2]), side(kv.values, query.shape[2])
-        why = kernels.reason(query, keys, values)
-    if kernels is None or why is not None:
-        if why not in _said:
-            _said.add(str(why))
-            _log.warning("attention to packed slots runs in PyTorch, not in %s: %s", name, why)
-        last = "torch"
-        return None
+    kernels, name = None, chosen(query.device)
+    if name != "torch":
+        kernels, why = loaded("decode", name)
+        if kernels is not None:
+            keys, values = side(kv.keys, query.shape[2]), side(kv.values, query.shape[2])
+            why = kernels.reason(query, keys, values, turn)
+        if why is not None:
+            falls_back("attention to packed slots", name, why)
+            name = "torch"
     last = name
+    attended(name)
+    if kernels is None or name == "torch":
+        return None
     total = kv.counts.per_head.flatten().int()
     found: tuple[Tensor, Tensor | None] = kernels.packed_decode(
-        query, keys, values, position, kv.position, total, sums=sums, valid=valid, **geometry
+        query, keys, values, position, kv.position, total, sums=sums, valid=valid, turn=turn, **geometry
     )
     return found
 
@@ -69,10 +62,11 @@ def side(held: Held, tokens: int) -> Side:
         return dense_coded(bare, (counts.per_head.flatten() - tokens).clamp(min=0))
     packed = body.counts.per_head.flatten()
     sinks = torch.zeros_like(packed) if held.sinks is None else held.sinks.per_head.flatten()
-    lists = torch.stack([body.counts.starts(), sinks, packed, packed], 1)
+    room = body.roomy  # spare rows lie between the lists
+    lists = torch.stack([room.counts.starts(), sinks, packed, packed], 1)
     coded: Coded | None = None
     if isinstance(body.codec, Plain):
         coded = Coded(Format("dense"), body.rows["plain"])
     elif hasattr(body.codec, "coded"):
-        coded = body.codec.coded(body)
+        coded = body.codec.coded(room)
     return Side(tail, lists, coded, body.counts.width)

@@ -12,11 +12,11 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,17 @@ from kvbench.policies.full import Full
 from kvbench.policies.interface import KV, Moments, Policy, Probe, Repeat, Selection, Selector, Stack, Step
 from kvbench.policies.store import Counts, Held, take_columns
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 NAME = "kvbench"
 _TAG = "_kvbench_layer"
 _FEW = 16  # queries of one forward that attend to packed slots tile by tile; more pay for decoding a layer at once
 _TILE = 2**20  # elements a thread reads at a time: a plane of 2-bit codes is 1 MiB as float32, and stays in its cache
+
+
+def _uncompiled(function: F) -> F:
+    """A function that `torch.compile` leaves alone."""
+    return cast(F, torch.compiler.disable(function, reason="a kvbench cache changes its shape at every step"))
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,15 @@ class Lent:
     position: Tensor
     first: bool
     decoding: bool
+
+
+class Attended(NamedTuple):
+    """What attention gave: out [B, Hq, T, D], and, if it is at hand, what each slot received, sums [B, H, S] float32,
+    or the log-sum-exp of each query, lse [B, Hq, T] float32 (anything for pads)."""
+
+    out: Tensor
+    sums: Tensor | None = None
+    lse: Tensor | None = None
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -93,6 +109,7 @@ class PolicyLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
+    @_uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keeps new keys and values [B, H, T, D] pending until the attention function of this layer is called."""
         self._cache.check_consumed()
@@ -108,6 +125,7 @@ class PolicyLayer(CacheLayerMixin):
         setattr(tagged, _TAG, self)
         return tagged, value_states
 
+    @_uncompiled
     def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None, **geometry: Any) -> Tensor:
         """Appends the pending tokens, attends (query [B, Hq, T, D] -> same), collects signals, applies the policy."""
         assert self._pending is not None
@@ -161,20 +179,19 @@ class PolicyLayer(CacheLayerMixin):
 
         selection = self._select(query, position, valid, decoding)
         new = Lent(keys_new, values_new, position, first, decoding)
-        out, sums = self._output(query, new, valid, selection)
-        self._collect(query, position, valid, selection, decoding, sums)
+        attended = self._output(query, new, valid, selection)
+        self._collect(query, position, valid, selection, decoding, attended)
         if self.last_reader is None:
             self.settle(decoding)
         else:
             self.lent = new
-        return out
+        return attended.out
 
-    def _output(
-        self, query: Tensor, new: Lent, valid: Tensor | None, selection: Selection | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """What `_attend_held` gives; a prompt that is all there is needs no more than itself."""
-        if new.first and self.geometry["softcap"] is None and self.geometry["sinks"] is None and selection is None:
-            return _attend_prompt(query, new.keys, new.values, valid, self.geometry["scaling"]), None
+    def _output(self, query: Tensor, new: Lent, valid: Tensor | None, selection: Selection | None) -> Attended:
+        """What `_attend_held` gives; a prompt of which nothing is gone needs no masks."""
+        plain = selection is None and self.geometry["softcap"] is None and self.geometry["sinks"] is None
+        if plain and "position" not in self.kv.columns and (new.first or query.shape[2] > _FEW):
+            return _attend_whole(query, self.kv, valid, self.geometry["scaling"])
         return self._attend_held(query, new.position, valid, selection)
 
     def settle(self, decoding: bool) -> None:
@@ -185,24 +202,23 @@ class PolicyLayer(CacheLayerMixin):
 
     def _attend_held(
         self, query: Tensor, position: Tensor, valid: Tensor | None, selection: Selection | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention to everything held: output, and what each slot received, if that is at hand ([B, H, S])."""
+    ) -> Attended:
+        """Attention to everything held."""
         kv, options = self.kv, {**self.geometry, **_narrowed(selection)}
         shift = None
         if self._cache.policy.in_cache_positions:
             shift = self._cache.in_cache_shift(kv, self.seen)
-        frequency = None if shift is None else self._cache.frequency(self.index)
+        frequency = None if shift is None else self._frequency
         if query.shape[2] > _FEW or (kv.keys.body is None and kv.values.body is None):
             keys, values = kv.decode()
             if shift is not None and frequency is not None:
                 keys = rotate(keys, shift, frequency)
-            return attend(query, keys, values, position, kv.position, **options), None
-        unless = None if shift is None else "keys are turned to positions within the cache"
-        unless = unless if selection is None else "a selector narrows what is read"
+            return Attended(attend(query, keys, values, position, kv.position, **options))
+        turn = None if shift is None or frequency is None else (shift, frequency)
         sums = "attention" in self._cache.needs
-        done = backend.attend(kv, query, position, sums=sums, valid=valid, unless=unless, **self.geometry)
+        done = backend.attend(kv, query, position, sums=sums, valid=valid, turn=turn, **options)
         if done is not None:
-            return done
+            return Attended(*done)
 
         def turned(query: Tensor, start: int, stop: int) -> Tensor:
             assert shift is not None and frequency is not None
@@ -213,7 +229,7 @@ class PolicyLayer(CacheLayerMixin):
         if valid is not None:
             weights = weights.unflatten(2, (-1, query.shape[2])) * valid[:, None, None, :, None]
             weights = weights.flatten(2, 3)
-        return out, weights.sum(2)
+        return Attended(out, weights.sum(2))
 
     def _select(self, query: Tensor, position: Tensor, valid: Tensor | None, decoding: bool) -> Selection | None:
         """What a selector of the stack lets this forward read; keeps note of it."""
@@ -268,20 +284,20 @@ class PolicyLayer(CacheLayerMixin):
         valid: Tensor | None,
         selection: Selection | None,
         decoding: bool,
-        sums: Tensor | None,
+        attended: Attended,
     ) -> None:
-        """sums [B, H, S]: attention each slot received, where the forward's own attention has computed it."""
         needs = self._cache.needs
         if "attention" in needs:
-            new = sums
+            new = attended.sums
             if new is None:
                 keys = self.kv.keys.dense()
                 if self._cache.policy.in_cache_positions:
                     shift = self._cache.in_cache_shift(self.kv, self.seen)
-                    keys = keys if shift is None else rotate(keys, shift, self._cache.frequency(self.index))
+                    keys = keys if shift is None else rotate(keys, shift, self._frequency)
                 new = column_sums(
-                    query, keys, position, self.kv.position, query_valid=valid, **self.geometry, **_narrowed(selection)
-                )
+                    query, keys, position, self.kv.position, query_valid=valid, lse=attended.lse, **self.geometry,
+                    **_narrowed(selection),
+                )  # fmt: skip
             self.kv = self.kv.with_columns(attention=self.kv.columns["attention"] + new)
         if "moments" in needs and not decoding:
             self._add_moments(query, position, valid)
@@ -297,11 +313,16 @@ class PolicyLayer(CacheLayerMixin):
             self.queries = take_columns(query, last[:, None].expand(-1, query.shape[1], -1))
             self.query_valid = valid_now.gather(1, last)
 
+    @property
+    def _frequency(self) -> Tensor:
+        """Inverse RoPE frequencies [R/2], on the device of this layer."""
+        return self._cache.frequency(self.index).to(self.seen.device)
+
     def _add_moments(self, query: Tensor, position: Tensor, valid: Tensor | None) -> None:
         """Sums over the prompt's queries, turned back to before RoPE."""
         real = position >= self._cache.needs["moments"]
         real = (real if valid is None else real & valid)[:, None, :, None]
-        turned = rotate(query.float(), -position[:, None], self._cache.frequency(self.index)) * real
+        turned = rotate(query.float(), -position[:, None], self._frequency) * real
         parts = real.sum(2)[:, 0, 0].float(), turned.sum(2), turned.transpose(-1, -2) @ turned
         self.moments = parts if self.moments is None else tuple(a + b for a, b in zip(self.moments, parts, strict=True))
 
@@ -318,7 +339,7 @@ class PolicyLayer(CacheLayerMixin):
             new=torch.zeros_like(self.seen) if self.new is None else self.new,
             order=self.order, layers=len(self._cache.policy_layers()),
             queries=self.queries, query_valid=self.query_valid, moments=moments,
-            inverse_frequency=self._cache.frequency(self.index) if self._cache.turns else None, probe=probe,
+            inverse_frequency=self._frequency if self._cache.turns else None, probe=probe,
             **self.geometry,
         )  # fmt: skip
 
@@ -464,6 +485,7 @@ class SharingLayer(PolicyLayer):
         self._pending = None
         self.is_initialized = False
 
+    @_uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Leaves the layer's own keys and values alone and hands out the new ones of the source."""
         lent = self.source.lent
@@ -477,13 +499,14 @@ class SharingLayer(PolicyLayer):
             )
         return super().update(lent.keys, lent.values)
 
+    @_uncompiled
     def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None, **geometry: Any) -> Tensor:
         self._pending = self._cache.pending_layer = None
         self._cache.check_module(module)
         valid = self._cache.real_tokens(self.index, mask, query.shape[2])
         lent, self.geometry = self.source.lent, geometry
         assert lent is not None
-        out, _ = self._output(query, lent, valid, self._select(query, lent.position, valid, lent.decoding))
+        out = self._output(query, lent, valid, self._select(query, lent.position, valid, lent.decoding)).out
         if self.order == self.source.last_reader:
             self.source.settle(lent.decoding)
         return out
@@ -515,6 +538,11 @@ class CompressedCache(Cache):
 
     The model's attention implementation is set to "kvbench", which behaves as "sdpa" for every other cache.
     Sliding-window layers are left alone. Raises ValueError for models that cannot be hooked, saying why.
+
+    Works with `torch.compile(model)` and `model.compile()`: the graph breaks at each layer where tokens come in and
+    where it attends, since what is held changes its shape at every step. So `fullgraph=True` cannot work; nor can
+    capturing a forward in a CUDA graph, as lengths are read on the host; nor mode="reduce-overhead", which replays the
+    pieces between the breaks: the first prompt's keys are held without a copy, in memory that the next replay writes.
 
     tokenizer: only for policies that read text (`Repeat` with an instruction, sentences).
     needs: signals to collect besides what the policy itself needs, for a later `fork`; see `signals`.
@@ -806,7 +834,7 @@ class CompressedCache(Cache):
 
     def sentences(self, position: Tensor) -> Tensor:
         """position [B, H or 1, S] -> the number of the sentence each token stands in, [B, H or 1, S] int32."""
-        table = self._sentence_of[:, None].expand(-1, position.shape[1], -1)
+        table = self._sentence_of.to(position.device)[:, None].expand(-1, position.shape[1], -1)
         return table.gather(2, position.long().clamp(min=0))
 
     # -- what the layers ask -------------------------------------------------------------------------------------
@@ -874,15 +902,25 @@ def _narrowed(selection: Selection | None) -> dict[str, Any]:
     return {} if selection is None else {"allowed": selection.allowed, "recent": selection.recent}
 
 
-def _attend_prompt(query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
-    """Causal attention of a prompt on itself. Padded rows run alone, without pads: no mask, no T x T matrix."""
-    if valid is None:
-        return attend_causal(query, keys, values, scaling=scaling)
-    out = torch.zeros_like(query)
-    for row, real in enumerate(valid):
-        part = slice(row, row + 1), slice(None), real
-        out[part] = attend_causal(query[part], keys[part], values[part], scaling=scaling)
-    return out
+def _attend_whole(query: Tensor, kv: KV, valid: Tensor | None, scaling: float) -> Attended:
+    """Causal attention of the newest tokens to all that came before. Rows of different lengths run alone, without pads:
+    no mask, no T x T matrix."""
+    keys, values = kv.decode()
+    if valid is None and kv.counts.even is not None:
+        out, lse = attend_causal(query, keys, values, scaling=scaling)
+        return Attended(out, lse=lse)
+    out, whole = torch.zeros_like(query), True
+    level = query.new_zeros(query.shape[:3], dtype=torch.float32)
+    for row, slots in enumerate(kv.counts.per_head[:, 0].tolist()):
+        real = torch.arange(query.shape[2], device=query.device)
+        real = real if valid is None else real[valid[row]]
+        if len(real):
+            held = slice(row, row + 1), slice(None), slice(slots)
+            found, lse = attend_causal(query[row : row + 1, :, real], keys[held], values[held], scaling=scaling)
+            out[row, :, real] = found[0]
+            if whole := lse is not None:
+                level[row, :, real] = lse[0].to(level.dtype)
+    return Attended(out, lse=level if whole else None)
 
 
 def _attention(
@@ -939,6 +977,7 @@ def _attend_masked(
     return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous()
 
 
+@_uncompiled
 def _mask(
     batch_size: int,
     q_length: int,
@@ -984,11 +1023,13 @@ def _watch(model: PreTrainedModel, cache: CompressedCache) -> None:
     """Tells `cache` of the forwards that feed it, as long as it lives."""
     watched = weakref.ref(cache)
 
+    @_uncompiled
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         fed = watched()
         if fed is not None and _is_fed(fed, kwargs):
             fed.before_forward(args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask"))
 
+    @_uncompiled
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         fed = watched()
         if fed is not None and _is_fed(fed, kwargs):

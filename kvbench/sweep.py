@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
@@ -146,7 +146,7 @@ def plan_cells(config: DictConfig) -> list[Plan]:
     if config.record not in RECORDS:
         raise UserError(f"record={config.record} is not one of {', '.join(RECORDS)}")
     fields = dataclasses.asdict(task)
-    model = OmegaConf.to_container(config.model, resolve=True)
+    model = cast(dict[str, Any], OmegaConf.to_container(config.model, resolve=True))
     device_map = model.pop("device_map", None)  # where a model lies makes it no other
     base = {
         "model": {k: v for k, v in model.items() if k != "revision" or v is not None},

@@ -22,11 +22,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from kvbench.kernels.decode import Coded
+from kvbench.kernels.pack import Out
 from kvbench.kernels.packing import cast
 from kvbench.policies.store import Codec, Packed, Where, mix, scores
 
@@ -94,9 +96,12 @@ class Biased:
     name: str
     group: ClassVar[int] = 1
     first: ClassVar[None] = None
+    writes: ClassVar[bool] = True
 
-    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.of.encode(x.float() - self._bias(x, where), where)
+    def encode(self, x: Tensor, where: Where, out: Out = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        encode: Any = self.of.encode  # of FP8 or NVFP4: both write in place
+        found: tuple[dict[str, Tensor], dict[str, Tensor]] = encode(x.float() - self._bias(x, where), where, out)
+        return found
 
     def decode(self, packed: Packed) -> Tensor:
         x = self.of.decode(replace(packed, dtype=torch.float32))
@@ -116,6 +121,14 @@ class Biased:
     def mix(self, packed: Packed, weights: Tensor) -> Tensor:
         out = mix(replace(packed, codec=self.of), weights)
         return out + weights.sum(2, keepdim=True) * self._per_list(packed, out)[:, None]
+
+    def coded(self, packed: Packed) -> Coded | None:
+        """None: what it is made of is in no format that kernels read."""
+        inner = self.of.coded(packed) if hasattr(self.of, "coded") else None
+        if inner is None:
+            return None
+        bias = self._of_heads(packed.rows["codes"].new_empty(0, inner.dim), packed.counts.shape[1])
+        return replace(inner, bias=bias if inner.rotation is None else inner.rotation(bias))
 
     def _per_list(self, packed: Packed, x: Tensor) -> Tensor:
         """[L, D] for x [L, ..., D]: lists are the heads of one row after the other."""

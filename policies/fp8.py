@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvbench.kernels.decode import Coded, Format
-from kvbench.kernels.pack import float8, float8_per_token
+from kvbench.kernels.pack import Out, float8, float8_per_token
 from kvbench.kernels.packing import cast, decode_e4m3, decode_e5m2, encode_e4m3, encode_e5m2
 from kvbench.policies.checkpoint import Biased, calibration
 from kvbench.policies.interface import KV, Quantizer, Step
@@ -111,7 +111,8 @@ class FP8(Quantizer):
     def saturated(self, kv: KV) -> tuple[int, int]:
         """How many packed elements of `kv` (keys, values) have the largest code: all that saturated, and any equal."""
         largest = int(_FORMATS[self.format][0](torch.tensor(torch.inf)))
-        codes = [torch.empty(0) if held.body is None else held.body.rows["codes"] for held in (kv.keys, kv.values)]
+        bodies = (held.body for held in (kv.keys, kv.values))
+        codes = [torch.empty(0) if body is None else body.exact.rows["codes"] for body in bodies]
         keys, values = (int(((side.int() & 127) == largest).sum()) for side in codes)
         return keys, values
 
@@ -124,13 +125,14 @@ class Float8:
     scale: float | tuple[float, ...] | None = None
     group: ClassVar[int] = 1
     first: ClassVar[None] = None
+    writes: ClassVar[bool] = True
 
-    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def encode(self, x: Tensor, where: Where, out: Out = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self.scale is None:
-            codes, scale = float8_per_token(x, self.format)
+            codes, scale = float8_per_token(x, self.format, out)
             return {"codes": codes, "scale": scale}, {}
         known = self._per_head(where) if isinstance(self.scale, tuple) else self.scale
-        return {"codes": float8(x, self.format, known)}, {}
+        return {"codes": float8(x, self.format, known, out)}, {}
 
     def decode(self, packed: Packed) -> Tensor:
         decode = _FORMATS[self.format][1]

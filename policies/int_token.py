@@ -9,7 +9,7 @@ https://github.com/spcl/QuaRot; `int8_per_token_head` of https://github.com/vllm
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvbench.kernels.decode import Coded, Format
 from kvbench.kernels.fold import mix_per_token, scores_per_token
-from kvbench.kernels.pack import Turn, affine_per_token, symmetric_per_token
+from kvbench.kernels.pack import Out, Turn, affine_per_token, symmetric_per_token
 from kvbench.kernels.packing import cast, unpack_planar
 from kvbench.kernels.rotation import hadamard
 from kvbench.policies.interface import Quantizer, Step
@@ -107,12 +107,15 @@ class Asymmetric:
     clip: float = 1.0
     group: ClassVar[int] = 1
     first: ClassVar[None] = None
+    writes: ClassVar[bool] = True
 
-    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.encode_turned(x, where, None)
+    def encode(self, x: Tensor, where: Where, out: Out = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.encode_turned(x, where, None, out)
 
-    def encode_turned(self, x: Tensor, where: Where, turn: Turn | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        codes, scale, zero = affine_per_token(x, self.bits, x.shape[1], self.clip, turn)
+    def encode_turned(
+        self, x: Tensor, where: Where, turn: Turn | None, out: Out = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        codes, scale, zero = affine_per_token(x, self.bits, x.shape[1], self.clip, turn, out)
         return {"codes": codes, "scale": scale, "zero": zero}, {}
 
     def decode(self, packed: Packed) -> Tensor:
@@ -145,16 +148,19 @@ class Symmetric:
     clip: float = 1.0
     group: ClassVar[int] = 1
     first: ClassVar[None] = None
+    writes: ClassVar[bool] = True
 
     @property
     def top(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
-    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.encode_turned(x, where, None)
+    def encode(self, x: Tensor, where: Where, out: Out = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.encode_turned(x, where, None, out)
 
-    def encode_turned(self, x: Tensor, where: Where, turn: Turn | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        codes, scale = symmetric_per_token(x, self.bits, self.clip, turn)
+    def encode_turned(
+        self, x: Tensor, where: Where, turn: Turn | None, out: Out = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        codes, scale = symmetric_per_token(x, self.bits, self.clip, turn, out)
         return {"codes": codes, "scale": scale}, {}
 
     def decode(self, packed: Packed) -> Tensor:
@@ -201,10 +207,15 @@ class Rotated:
     def first(self) -> int | None:
         return self.of.first
 
-    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    @property
+    def writes(self) -> bool:
+        return hasattr(self.of, "encode_turned")
+
+    def encode(self, x: Tensor, where: Where, out: Out = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         turn = Turn(self.block, self._signs(x))
         if hasattr(self.of, "encode_turned"):
-            return self.of.encode_turned(x, where, turn)
+            found: tuple[dict[str, Tensor], dict[str, Tensor]] = self.of.encode_turned(x, where, turn, out)
+            return found
         return self.of.encode(turn(x), where)
 
     def decode(self, packed: Packed) -> Tensor:
@@ -231,7 +242,7 @@ class Rotated:
         if inner is None:
             return None
         signs = None if self.seed is None else random_signs(self.seed, inner.dim, inner.codes.device)
-        return replace(inner, rotation=(self.block, signs))
+        return replace(inner, rotation=partial(hadamard, block=self.block, signs=signs))
 
     def _signs(self, x: Tensor) -> Tensor | None:
         return None if self.seed is None else random_signs(self.seed, x.shape[-1], x.device)

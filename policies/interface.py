@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kvbench.kernels import bounds
 from kvbench.kernels.attention import probabilities
-from kvbench.policies.store import Codec, Counts, Held, append_columns, take_columns
+from kvbench.policies.store import Codec, Counts, Held, append_columns, take_all_columns
 
 
 class BudgetError(ValueError):
@@ -104,14 +105,12 @@ class KV:
             if indices.numel() and int(indices.max()) >= width:
                 raise ValueError(f"indices go up to {int(indices.max())}, but there are only {width} slots")
             counts = Counts.of((indices >= 0).sum(-1).expand(batch, heads).contiguous())
-        columns = {}
-        for name, column in {**self.columns, "position": self.position}.items():
-            if column.shape[1] == 1 or indices.shape[1] == 1:
-                shared = max(column.shape[1], indices.shape[1])
-                kept = take_columns(column.expand(-1, shared, *column.shape[2:]), indices.expand(-1, shared, -1))
-            else:
-                kept = take_columns(column, indices)
-            columns[name] = torch.where(indices >= 0, kept, -1) if name == "position" else kept
+        columns = {**self.columns, "position": self.position}
+        for lists in {max(column.shape[1], indices.shape[1]) for column in columns.values()}:
+            some = {k: x for k, x in columns.items() if max(x.shape[1], indices.shape[1]) == lists}
+            wide = [x.expand(-1, lists, *x.shape[2:]) for x in some.values()]
+            columns |= zip(some, take_all_columns(wide, indices.expand(-1, lists, -1)), strict=True)
+        columns["position"] = torch.where(indices >= 0, columns["position"], -1)
         return KV(self.keys.gather(indices, counts), self.values.gather(indices, counts), columns)
 
     def select(self, batch: Tensor) -> KV:
@@ -791,12 +790,15 @@ class Quantizer(Policy):
 
     def __call__(self, kv: KV, step: Step) -> KV:
         self.check(kv.keys.shape[-1])
+        if step.order == 0:  # once per forward, about those before
+            bounds.settle(kv.keys.tail.device)
         position = kv.position
         sides = []
         for i, (held, codec, keep) in enumerate(zip((kv.keys, kv.values), self.codecs(step), self.keeps, strict=True)):
             if codec is not None:
                 sinks = held.first_tokens(keep, position)
-                amount = self.flush(held.unpacked if sinks is None else held.unpacked - sinks)[i]
+                tail = held.unpacked if sinks is None else held.unpacked.each(torch.sub, sinks)
+                amount = tail.each(lambda lengths, side=i: self.flush(lengths)[side])
                 held = held.pack(codec, amount, sinks, position)
                 if self.compacts[i]:
                     held = held.compact(self.compacts[i])
@@ -814,7 +816,9 @@ class Quantizer(Policy):
                 f"got {list(keys.shape)} and {list(values.shape)}"
             )
         seen = torch.full((keys.shape[0],), keys.shape[2], device=keys.device)
-        return self(KV.of(keys, values), Step(layer=0, prompt=seen, seen=seen) if step is None else step)
+        kv = self(KV.of(keys, values), Step(layer=0, prompt=seen, seen=seen) if step is None else step)
+        bounds.settle(keys.device)
+        return kv
 
     def slot_nbytes(
         self,

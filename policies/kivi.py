@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvbench.kernels.decode import Coded, Format
 from kvbench.kernels.fold import mix_per_token, scores_per_channel, scores_per_token
-from kvbench.kernels.pack import affine_per_channel, affine_per_token
+from kvbench.kernels.pack import Out, affine_per_channel, affine_per_channel_again, affine_per_token
 from kvbench.kernels.packing import cast, unpack_planar
 from kvbench.policies.interface import Quantizer, Step
 from kvbench.policies.store import Codec, Packed, Where
@@ -85,10 +85,20 @@ class PerChannel:
     bits: int
     group: int
     first: ClassVar[None] = None
+    writes: ClassVar[bool] = True
 
-    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        codes, scale, zero = affine_per_channel(x, self.bits, self.group)
+    def encode(self, x: Tensor, where: Where, out: Out = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        codes, scale, zero = affine_per_channel(x, self.bits, self.group, out)
         return {"codes": codes}, {"scale": scale, "zero": zero}
+
+    def again(self, packed: Packed, rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """See `Codec`."""
+        assert packed.group_of is not None
+        codes, scale, zero, error = affine_per_channel_again(
+            packed.rows["codes"], packed.groups["scale"], packed.groups["zero"], packed.group_of, rows, self.bits,
+            self.group, packed.dtype,
+        )  # fmt: skip
+        return {"codes": codes}, {"scale": scale, "zero": zero}, error
 
     def decode(self, packed: Packed) -> Tensor:
         x = unpack_planar(packed.rows["codes"], self.bits).float()
@@ -128,9 +138,10 @@ class PerToken:
     group_size: int
     group: ClassVar[int] = 1
     first: ClassVar[None] = None
+    writes: ClassVar[bool] = True
 
-    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return dict(zip(_PARTS, affine_per_token(x, self.bits, self.group_size), strict=True)), {}
+    def encode(self, x: Tensor, where: Where, out: Out = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return dict(zip(_PARTS, affine_per_token(x, self.bits, self.group_size, out=out), strict=True)), {}
 
     def decode(self, packed: Packed) -> Tensor:
         x = unpack_planar(packed.rows["codes"], self.bits).float()

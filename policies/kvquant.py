@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.kernels.packing import cast, pack_planar, unpack_planar
+from kvbench.kernels import bounds
+from kvbench.kernels.decode import Coded, Format
+from kvbench.kernels.pack import table_in_range
+from kvbench.kernels.packing import cast, unpack_planar
 from kvbench.kernels.rotation import rotate
 from kvbench.policies.interface import Quantizer, Step
 from kvbench.policies.store import Codec, Packed, Where
@@ -141,17 +144,25 @@ class StaticPerChannel:
         x = self._turned(x.float(), -where.position)
         scaled = normalized(x, zero, radius)
         signposts, table = codebook(self.path, self.order, "k", self.bits, self.qnorm, x.device)
-        codes = nearest(scaled, signposts)
+        codes = table_in_range(x, *ranges(self.path, self.order, x.device), signposts, self.bits, where.head)
         index = _ends(scaled, slots_per_side(x.shape[1], self.outliers))
-        inside = scaled.gather(1, index).abs() <= 1
-        delta = (x - _dense(codes, table, zero, radius)).gather(1, index).masked_fill(inside, 0)
-        return _rows(codes, self.bits, delta, index.masked_fill(inside, 0)), {}
+        apart = scaled.gather(1, index)
+        decoded = _dense(nearest(apart, signposts), table, zero.gather(1, index), radius.gather(1, index))
+        inside = apart.abs() <= 1
+        delta = (x.gather(1, index) - decoded).masked_fill(inside, 0)
+        return _rows(codes, delta, index.masked_fill(inside, 0)), {}
 
     def decode(self, packed: Packed) -> Tensor:
         where = packed.where
         table = codebook(self.path, self.order, "k", self.bits, self.qnorm, packed.rows["codes"].device)[1]
         x = _decoded(packed, self.bits, table, *self._ranges(where))
         return cast(self._turned(x, where.position), packed.dtype)
+
+    def coded(self, packed: Packed) -> Coded:
+        zero, radius = ranges(self.path, self.order, packed.counts.device)
+        table = codebook(self.path, self.order, "k", self.bits, self.qnorm, packed.counts.device)[1]
+        form = Format("lut", self.bits, "head")
+        return replace(_coded(packed, form, table), scale=radius, bias=zero, frequency=self._known_frequency)
 
     def row_nbytes(self, head_dim: int) -> int:
         return head_dim * self.bits // 8 + 6 * slots_per_side(head_dim, self.outliers)
@@ -169,9 +180,13 @@ class StaticPerChannel:
         return zero.index_select(0, head), radius.index_select(0, head)
 
     def _turned(self, x: Tensor, shift: Tensor) -> Tensor:
+        return rotate(x[None, None], shift[None, None], self._known_frequency)[0, 0]
+
+    @property
+    def _known_frequency(self) -> Tensor:
         if self.frequency is None:
             raise ValueError("KVQuant turns keys back to before RoPE: give it a Step with inverse_frequency")
-        return rotate(x[None, None], shift[None, None], self.frequency)[0, 0]
+        return self.frequency
 
 
 @dataclass(frozen=True)
@@ -192,14 +207,20 @@ class DynamicPerToken:
         zero, radius = token_ranges(x, per_side)
         signposts, table = codebook(self.path, self.order, "v", self.bits, self.qnorm, x.device)
         index = _ends(x, per_side)
-        codes = nearest(normalized(x, zero, radius), signposts).scatter_(1, index, 2 ** (self.bits - 1) - 1)
-        delta = (x - _dense(codes, table, zero, radius)).gather(1, index)
-        return _rows(codes, self.bits, delta, index) | {"zero": zero.half()[:, 0], "radius": radius.half()[:, 0]}, {}
+        codes = table_in_range(x, zero, radius, signposts, self.bits, outliers=index.to(torch.uint8))
+        delta = x.gather(1, index) - (table[2 ** (self.bits - 1) - 1] * radius + zero)
+        return _rows(codes, delta, index) | {"zero": zero.half()[:, 0], "radius": radius.half()[:, 0]}, {}
 
     def decode(self, packed: Packed) -> Tensor:
         table = codebook(self.path, self.order, "v", self.bits, self.qnorm, packed.rows["codes"].device)[1]
         zero, radius = (packed.rows[name].float()[:, None] for name in ("zero", "radius"))
         return cast(_decoded(packed, self.bits, table, zero, radius), packed.dtype)
+
+    def coded(self, packed: Packed) -> Coded:
+        table = codebook(self.path, self.order, "v", self.bits, self.qnorm, packed.counts.device)[1]
+        made = _coded(packed, Format("lut", self.bits, "token"), table)
+        scale, zero = (packed.rows[name][:, None] for name in ("radius", "zero"))
+        return replace(made, format=replace(made.format, width=made.dim), scale=scale, zero=zero)
 
     def row_nbytes(self, head_dim: int) -> int:
         return head_dim * self.bits // 8 + 6 * slots_per_side(head_dim, self.outliers) + 4
@@ -243,11 +264,8 @@ def _dense(codes: Tensor, table: Tensor, zero: Tensor, radius: Tensor) -> Tensor
     return table[codes.int()].mul_(radius).add_(zero)
 
 
-def _rows(codes: Tensor, bits: int, delta: Tensor, index: Tensor) -> dict[str, Tensor]:
-    if bits == 3:
-        rows = {"codes": pack_planar(codes & 3, 2), "high": pack_planar(codes >> 2, 1)}
-    else:
-        rows = {"codes": pack_planar(codes, bits)}
+def _rows(codes: tuple[Tensor, ...], delta: Tensor, index: Tensor) -> dict[str, Tensor]:
+    rows = dict(zip(("codes", "high"), codes, strict=False))
     return rows | ({"delta": _half(delta), "index": index.to(torch.uint8)} if index.shape[1] else {})
 
 
@@ -262,12 +280,16 @@ def _decoded(packed: Packed, bits: int, table: Tensor, zero: Tensor, radius: Ten
     return x.scatter_add_(1, packed.rows["index"].long(), packed.rows["delta"].float())
 
 
+def _coded(packed: Packed, form: Format, table: Tensor) -> Coded:
+    """What kernels read of the codes and the outliers."""
+    rows = packed.rows
+    outliers = (rows["index"], rows["delta"]) if "index" in rows else None
+    return Coded(form, rows["codes"], table=table, outliers=outliers, high=rows.get("high"))
+
+
 def _half(x: Tensor) -> Tensor:
     half = x.half()
-    if not bool(half.isfinite().all()):
-        raise ValueError(
-            f"KVQuant stores ranges and outliers as fp16, at most 65504; they reach {float(x.abs().max()):.6g}"
-        )
+    bounds.half("KVQuant stores ranges and outliers as fp16, at most 65504; they reach", lambda: x, half)
     return half
 
 

@@ -93,7 +93,10 @@ class MILLION(Quantizer):
 
 @dataclass(frozen=True)
 class ProductCodes:
-    """order: of the layer; side: "keys" or "values"."""
+    """order: of the layer; side: "keys" or "values".
+
+    Decode attention runs in PyTorch: no kernel looks up several channels at once.
+    """
 
     path: str
     subspaces: int

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvbench.kernels.decode import Coded, Format
 from kvbench.kernels.pack import E2M1_BLOCK as _BLOCK
-from kvbench.kernels.pack import Turn, e2m1_blocks
+from kvbench.kernels.pack import Out, Turn, e2m1_blocks
 from kvbench.kernels.packing import E2M1_MAX, cast, decode_e2m1, decode_e4m3
 from kvbench.policies.checkpoint import Biased, calibration
 from kvbench.policies.int_token import Rotated
@@ -102,12 +102,15 @@ class E2M1Blocks:
     tensor_scale: float
     group: ClassVar[int] = 1
     first: ClassVar[None] = None
+    writes: ClassVar[bool] = True
 
-    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.encode_turned(x, where, None)
+    def encode(self, x: Tensor, where: Where, out: Out = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.encode_turned(x, where, None, out)
 
-    def encode_turned(self, x: Tensor, where: Where, turn: Turn | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        codes, scale = e2m1_blocks(x, self.tensor_scale, turn)
+    def encode_turned(
+        self, x: Tensor, where: Where, turn: Turn | None, out: Out = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        codes, scale = e2m1_blocks(x, self.tensor_scale, turn, out)
         return {"codes": codes, "scale": scale}, {}
 
     def decode(self, packed: Packed) -> Tensor:

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvbench.kernels.decode import Coded
 from kvbench.kernels.packing import cast
 from kvbench.policies.interface import Quantizer, Step
 from kvbench.policies.kivi import PerToken
@@ -117,14 +118,18 @@ class TurnedPerToken:
 
     def decode(self, packed: Packed) -> Tensor:
         y = self._format_of(packed).decode(replace(packed, dtype=torch.float32))
-        return cast(self._turned(y, back=True), packed.dtype)
+        return cast(self._turned(y, inverse=True), packed.dtype)
 
     def scores(self, packed: Packed, query: Tensor) -> Tensor:
         """Products do not change when both sides are turned."""
         return scores(replace(packed, codec=self._format_of(packed)), self._turned(query))
 
     def mix(self, packed: Packed, weights: Tensor) -> Tensor:
-        return self._turned(mix(replace(packed, codec=self._format_of(packed)), weights), back=True)
+        return self._turned(mix(replace(packed, codec=self._format_of(packed)), weights), inverse=True)
+
+    def coded(self, packed: Packed) -> Coded:
+        form = self._format_of(packed)
+        return replace(form.coded(replace(packed, codec=form)), rotation=self._turned)
 
     def row_nbytes(self, head_dim: int) -> int:
         return self._format(head_dim).row_nbytes(head_dim)
@@ -138,10 +143,10 @@ class TurnedPerToken:
     def _format_of(self, packed: Packed) -> PerToken:
         return self._format(packed.rows["codes"].shape[1] * 8 // self.bits)
 
-    def _turned(self, x: Tensor, back: bool = False) -> Tensor:
+    def _turned(self, x: Tensor, inverse: bool = False) -> Tensor:
         """[..., D] float32; in float64 meanwhile: the order of summation, which depends on the rows, does not show."""
         turn = rotation(self.path, self.order, self.side, x.device)
-        return (x.double() @ (turn.T if back else turn)).float()
+        return (x.double() @ (turn.T if inverse else turn)).float()
 
 
 # ---------------------------------------------------------------- rotations

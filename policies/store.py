@@ -11,14 +11,15 @@ The body is *flat* (no dead rows at all), so a ragged cache really frees its byt
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from kvbench.kernels import bounds
 from kvbench.kernels.gather import renumber, take_rows
 
 _log = logging.getLogger("kvbench")
@@ -68,6 +69,13 @@ class Counts:
         owner = torch.arange(len(held), device=self.device).repeat_interleave(held, output_size=self.total)
         return owner, torch.arange(self.total, device=self.device) - self.starts()[owner]
 
+    def each(self, of: Callable[..., Tensor], *others: Counts) -> Counts:
+        """What `of` makes of int64 lengths, element by element: on the CPU, waiting for nothing, where all are even."""
+        every = (self, *others)
+        if all(c.even is not None for c in every):
+            return Counts(self.shape, self.device, int(of(*(torch.tensor(c.even) for c in every))))
+        return Counts.of(of(*(c.per_head for c in every)))
+
     def plus(self, other: Counts) -> Counts:
         if self.even is not None and other.even is not None:
             return Counts(self.shape, self.device, self.even + other.even)
@@ -111,8 +119,6 @@ def unflatten(flat: Tensor, counts: Counts) -> Tensor:
 
 def interleaved(pairs: Iterable[tuple[Tensor, Tensor]], old: Counts, new: Counts) -> list[Tensor]:
     """Per pair: each list of the second [M, ...] appended to the same list of the first [N, ...]: [N + M, ...]."""
-    if old.even is not None and new.even is not None:
-        return [torch.cat([unflatten(a, old), unflatten(b, new)], dim=2).flatten(0, 2) for a, b in pairs]
     owner, column = old.plus(new).owners()
     after = column - old.per_head.flatten()[owner]
     source = torch.where(after < 0, old.starts()[owner] + column, old.total + new.starts()[owner] + after)
@@ -121,12 +127,25 @@ def interleaved(pairs: Iterable[tuple[Tensor, Tensor]], old: Counts, new: Counts
 
 def take_columns(padded: Tensor, index: Tensor) -> Tensor:
     """[B, H, S, ...] and index [B, H, K] -> [B, H, K, ...]; -1 and indices past the end give any finite value."""
-    batch, heads, columns = padded.shape[:3]
-    first = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * columns
+    return take_all_columns([padded], index)[0]
+
+
+def take_all_columns(padded: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    """`take_columns` of tensors with the same B, H and S, moved together."""
+    batch, heads, columns = padded[0].shape[:3]
     if not columns:
-        return padded.new_zeros(*index.shape, *padded.shape[3:])
-    rows = (index.clamp(0, columns - 1) + first).flatten()
-    return padded.flatten(0, 2).index_select(0, rows).view(*index.shape, *padded.shape[3:])
+        return [x.new_zeros(*index.shape, *x.shape[3:]) for x in padded]
+    first = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * columns
+    moved = take_rows([x.flatten(0, 2) for x in padded], (index.clamp(0, columns - 1) + first).flatten())
+    return [x.view(*index.shape, *x.shape[1:]) for x in moved]
+
+
+def _run(padded: Tensor, first: Counts, amount: Counts) -> Tensor:
+    """[B, H, S, ...] -> [N, ...] flat: of each list the `amount` columns from `first` on."""
+    if first.even is not None and amount.even is not None:
+        return padded[:, :, first.even : first.even + amount.even].flatten(0, 2)
+    column = torch.arange(amount.width, device=padded.device)
+    return flatten(take_columns(padded, first.per_head[..., None] + column), amount)
 
 
 def append_columns(
@@ -147,7 +166,7 @@ def append_columns(
         return owned(new), grown
     # Room past the longest list is this holder's own; room beside a shorter list may be shared: not written to.
     if grown.width > padded.shape[2] or padded.shape[2] == counts.width:
-        capacity = grown.width + max(8, grown.width // 16) if spare and counts.total else grown.width
+        capacity = grown.width + _spare(grown.width) if spare and counts.total else grown.width
         room = new.new_zeros((batch, heads, capacity, *new.shape[3:]))
         room[:, :, : counts.width] = padded[:, :, : counts.width]
         padded = room
@@ -159,6 +178,11 @@ def append_columns(
     row, head, token = real[:, None].expand(batch, heads, tokens).nonzero(as_tuple=True)
     padded[row, head, target[row, head, token]] = new[row, head, token]
     return padded, grown
+
+
+def _spare(slots: int) -> int:
+    """How many more a list of so many slots gets room for when it grows: a share, so that copies stay rare."""
+    return max(8, slots // 16)
 
 
 def owned(x: Tensor) -> Tensor:
@@ -197,6 +221,12 @@ class Codec(Protocol):
     `packed` are equally long, n rows each, and all is float32:
         scores(packed, query [L, M, D]) -> [L, M, n], the products of queries and decoded rows;
         mix(packed, weights [L, M, n]) -> [L, M, D], the weighted sums of decoded rows.
+
+    again(packed, rows [M]) (optional) -> per-row and per-group tensors of these rows, decoded and encoded once more in
+    whole groups, and [2] float32: the sums of squares of what that changed, and of what was decoded. Without it,
+    `Packed.compact` does the same step by step.
+    writes (a bool, optional): whether `encode` also takes, as `out`, what to write to instead of making tensors: per
+    name [L, n, ...] (per group [L, n / group, ...]), and refuses inf and nan itself (`kvbench.kernels.bounds`).
     """
 
     @property
@@ -250,6 +280,9 @@ class Packed:
     group_of [N]: each row's group; None: row i belongs to group i // group. at [N]: each row's position, where the
     codec asks for it; None: those of a list are consecutive from `codec.first` on. closed [groups] bool: which groups
     `compact` has made; None: none.
+    spare: so many rows at the end of each list are room for what is appended, and so are the groups that they would
+    make (at the end of each list's, or, if rows refer to groups, of all): appending writes there, in place, and what
+    is held never changes. Only for lists that are equally long; others are flat and exact, and appending copies them.
     """
 
     codec: Codec
@@ -260,12 +293,13 @@ class Packed:
     dtype: torch.dtype
     at: Tensor | None = None
     closed: Tensor | None = None
+    spare: int = 0
 
     @classmethod
     def encode(cls, codec: Codec, x: Tensor, counts: Counts, at: Tensor | None = None) -> Packed:
         """x [N, D] flat rows of the lists `counts` (each a multiple of `codec.group`), of tokens at [N]."""
-        if x.numel() and not all(bound.isfinite() for bound in x.aminmax()):  # nan passes through, far faster than all
-            raise ValueError("cannot quantize keys or values with inf or nan; check the model's dtype for overflow")
+        if not getattr(codec, "writes", False):
+            bounds.finite(x)
         rows, groups = codec.encode(x, Where(counts, at))
         return cls(codec, counts, rows, groups, None, x.dtype, _implied(at, counts, codec))
 
@@ -273,11 +307,24 @@ class Packed:
     def where(self) -> Where:
         return Where(self.counts, self.positions())
 
+    @property
+    def exact(self) -> Packed:
+        """The same rows without spare ones, as codecs read them: a view if there is one list, else a copy."""
+        return self if not self.spare else self._part(0, self.counts.width)
+
+    @property
+    def roomy(self) -> Packed:
+        """The same tensors, spare rows counted as rows: for readers of memory, who know how many are in use."""
+        if not self.spare:
+            return self
+        counts = Counts(self.counts.shape, self.counts.device, self.counts.width + self.spare)
+        return replace(self, counts=counts, spare=0)
+
     def positions(self) -> Tensor | None:
         """[N] int64 if the codec asks for positions."""
         if self.codec.first is None or self.at is not None:
-            return self.at
-        return self.counts.owners()[1] + self.codec.first
+            return None if self.at is None else self._used(self.at)
+        return _after(self.counts, 0, self.codec)
 
     def group_rows(self, name: str) -> Tensor:
         """[N, ...]: the per-group tensor `name`, one entry per row."""
@@ -285,7 +332,7 @@ class Packed:
 
     def dense_rows(self) -> Tensor:
         """[N, D] in the dtype that was encoded."""
-        return self.codec.decode(self)
+        return self.codec.decode(self.exact)
 
     def columns(self, start: int, stop: int) -> Tensor:
         """[B, H, stop - start, D] float32: these columns of every list, all of them equally long."""
@@ -309,41 +356,130 @@ class Packed:
     def _cut(self, start: int, stop: int) -> tuple[Packed, int]:
         """At least these columns of every list, all of them equally long, in whole groups, to be read as float32; how
         many come before `start`."""
-        size = self.codec.group if self.groups and self.group_of is None else 1
-        first, length = start // size * size, self.counts.even
-        last = min(length or 0, -(-stop // size) * size)
-        lists = self.counts.shape[0] * self.counts.shape[1]
+        size, length = self._size, self.counts.even or 0
+        first = start // size * size
+        part = self._part(first, min(length, -(-stop // size) * size))
+        return replace(part, dtype=torch.float32), start - first
+
+    def _part(self, first: int, last: int) -> Packed:
+        """Columns first to last of every list, all of them equally long, in whole groups, without spare rows."""
+        counts, size = Counts(self.counts.shape, self.counts.device, last - first), self._size
 
         def cut(x: Tensor, per: int = 1) -> Tensor:
-            return x.view(lists, -1, *x.shape[1:])[:, first // per : last // per].flatten(0, 1)
+            return self._by_list(x)[:, first // per : last // per].flatten(0, 1)
 
-        at, part = self.positions(), Counts(self.counts.shape, self.counts.device, last - first)
-        groups = {k: cut(v, size) for k, v in self.groups.items()} if size > 1 else self.groups
-        whole = replace(
-            self, counts=part, rows={k: cut(v) for k, v in self.rows.items()}, groups=groups, dtype=torch.float32,
-            group_of=None if self.group_of is None else cut(self.group_of), at=None if at is None else cut(at),
+        at = None if self.at is None else cut(self.at)
+        if at is None and self.codec.first is not None and first:
+            at = _after(counts, first, self.codec)
+        groups, closed = self.groups, self.closed
+        if self.group_of is None:
+            groups = {k: cut(v, size) for k, v in groups.items()}
+            closed = None if closed is None else cut(closed, size)
+        elif self.spare:
+            groups = {k: v[: self._group_total()] for k, v in groups.items()}
+            closed = None if closed is None else closed[: self._group_total()]
+        return replace(
+            self, counts=counts, rows={k: cut(v) for k, v in self.rows.items()}, groups=groups, at=at, closed=closed,
+            group_of=None if self.group_of is None else cut(self.group_of), spare=0,
         )  # fmt: skip
-        return whole, start - first
+
+    def _by_list(self, x: Tensor) -> Tensor:
+        """[N, ...] -> [L, n, ...] of lists that are equally long."""
+        lists = self.counts.shape[0] * self.counts.shape[1]
+        return x.unflatten(0, (lists, len(x) // lists))
+
+    @property
+    def _size(self) -> int:
+        """Rows that stand together."""
+        return self.codec.group if self.groups and self.group_of is None else 1
 
     def some(self, flat: Tensor) -> Tensor:
         """[..., D] float32: the rows `flat` [...] (flat indices)."""
-        index, at = flat.flatten(), self.positions()
+        index = flat.flatten()
+        place, at = self._place(index), self.positions()
         counts = Counts(self.counts.shape, self.counts.device, flat[0, 0].numel())
-        rows = {k: v.index_select(0, index) for k, v in self.rows.items()}
-        group_of = self._explicit().index_select(0, index) if self.groups else None
+        rows = {k: v.index_select(0, place) for k, v in self.rows.items()}
+        group_of = None
+        if self.groups:
+            group_of = place // self.codec.group if self.group_of is None else self.group_of.index_select(0, place)
         at = None if at is None else at.index_select(0, index)
-        part = replace(self, counts=counts, rows=rows, group_of=group_of, at=at, dtype=torch.float32)
+        part = replace(self, counts=counts, rows=rows, group_of=group_of, at=at, dtype=torch.float32, spare=0)
         return part.dense_rows().view(*flat.shape, -1)
 
+    def append(self, codec: Codec, x: Tensor, counts: Counts, at: Tensor | None = None) -> Packed:
+        """Encodes as `encode` does, and appends each of the lists `counts` to the same list here, as `extend` does."""
+        if not (getattr(codec, "writes", False) and self._grows_in_place(codec, counts)):
+            return self.extend(Packed.encode(codec, x, counts, at))
+        opened, new = self._opened(counts, at)
+        encode: Any = codec.encode
+        encode(x, Where(counts, at), new)
+        return opened
+
     def extend(self, other: Packed) -> Packed:
-        """Appends each list of `other` to the same list here; codes and scales are copied, never recomputed."""
-        if self.codec != other.codec:
-            raise ValueError(
-                f"slots packed as {self.codec} cannot take slots packed as {other.codec}; use one quantizer"
-            )
+        """Appends each list of `other`, fresh from `encode`, to the same list here: codes and scales are copied, never
+        recomputed. In place, into spare rows, where all lists are equally long."""
+        if not self._grows_in_place(other.codec, other.counts):
+            return self.exact._interleaved(other)
+        opened, new = self._opened(other.counts, other.positions())
+        for name, x in (*other.rows.items(), *other.groups.items()):
+            new[name].copy_(x.view(new[name].shape))
+        return opened
+
+    def _grows_in_place(self, codec: Codec, new: Counts) -> bool:
+        if self.codec != codec:
+            raise ValueError(f"slots packed as {self.codec} cannot take slots packed as {codec}; use one quantizer")
+        return self.counts.even is not None and new.even is not None
+
+    def _opened(self, new: Counts, at: Tensor | None) -> tuple[Packed, dict[str, Tensor]]:
+        """With the lists `new` of tokens at [M] after those here, and what is still to be filled: views of what is
+        held, per row [L, n, ...], per group [L, n / group, ...]."""
+        start, tokens, size = self.counts.width, new.width, self.codec.group
+        opened, stop = self, start + tokens
+        at = None if self.codec.first is None else at
+        if at is not None and self.at is None and not torch.equal(at.long(), _after(new, start, self.codec)):
+            opened = replace(self, at=_after(self.roomy.counts, 0, self.codec).int())
+        if tokens > self.spare:
+            opened = opened._with_spare(tokens)
+        parts = {name: opened._by_list(x)[:, start:stop] for name, x in opened.rows.items()}
+        if opened.at is not None and at is not None:
+            opened._by_list(opened.at)[:, start:stop] = self._by_list(at)
+        if self.groups and self.group_of is None:
+            parts |= {k: opened._by_list(v)[:, start // size : stop // size] for k, v in opened.groups.items()}
+        elif opened.group_of is not None:
+            first, last = self._group_total(), self._group_total() + new.total // size
+            group_of = opened.group_of.int() if last > _SHORT else opened.group_of
+            group = first + torch.arange(new.total, device=new.device) // size
+            opened._by_list(group_of)[:, start:stop] = self._by_list(group)
+            opened = replace(opened, group_of=group_of)
+            parts |= {k: self._by_list(v[first:last]) for k, v in opened.groups.items()}
+        counts = Counts(self.counts.shape, self.counts.device, stop)
+        return replace(opened, counts=counts, spare=opened.spare - tokens), parts
+
+    def _with_spare(self, tokens: int) -> Packed:
+        """With spare rows for so many tokens of every list, and then some, in whole groups."""
+        size, lists = self.codec.group, self.counts.shape[0] * self.counts.shape[1]
+        more = tokens - self.spare + -(-_spare(self.counts.width + tokens) // size) * size
+
+        def grown(x: Tensor, lists: int, more: int) -> Tensor:
+            old = x.unflatten(0, (lists, len(x) // lists))
+            room = x.new_zeros((lists, old.shape[1] + more, *x.shape[1:]))
+            room[:, : old.shape[1]] = old
+            return room.flatten(0, 1)
+
+        per_group = (lists, more // size) if self.group_of is None else (1, lists * more // size)
+        return replace(
+            self, spare=self.spare + more, rows={k: grown(v, lists, more) for k, v in self.rows.items()},
+            groups={k: grown(v, *per_group) for k, v in self.groups.items()},
+            group_of=None if self.group_of is None else grown(self.group_of, lists, more),
+            at=None if self.at is None else grown(self.at, lists, more),
+            closed=None if self.closed is None else grown(self.closed, *per_group),
+        )  # fmt: skip
+
+    def _interleaved(self, other: Packed) -> Packed:
+        """`extend`, copying all."""
         counts = self.counts.plus(other.counts)
         pairs = [(v, other.rows[k]) for k, v in self.rows.items()]
-        whole = self.group_of is None and other.group_of is None
+        whole = self.group_of is None
         if not whole:
             pairs.append((self._explicit(), other._explicit() + self._group_total()))
         mine, theirs = self.positions(), other.positions()
@@ -351,16 +487,14 @@ class Packed:
             pairs.append((mine.long(), theirs.long()))
         moved = interleaved(pairs, self.counts, other.counts)
         at = None if mine is None else _implied(moved.pop(), counts, self.codec)
-        group_of = None if whole else _narrow(moved.pop())
+        group_of = None if whole else _narrow(moved.pop(), self._group_total() + other._group_total())
         if whole:
             sizes = self.counts.groups(self.codec.group), other.counts.groups(self.codec.group)
             shared = interleaved([(v, other.groups[k]) for k, v in self.groups.items()], *sizes)
         else:
             shared = [torch.cat([v, other.groups[k]]) for k, v in self.groups.items()]
         rows, groups = dict(zip(self.rows, moved, strict=True)), dict(zip(self.groups, shared, strict=True))
-        closed = None
-        if self.closed is not None or other.closed is not None:
-            closed = torch.cat([self._closed(), other._closed()])
+        closed = None if self.closed is None else torch.cat([self.closed, other._closed()])
         return replace(self, counts=counts, rows=rows, groups=groups, group_of=group_of, at=at, closed=closed)
 
     def pick(self, flat: Tensor, counts: Counts) -> Packed:
@@ -369,17 +503,21 @@ class Packed:
         Rows keep their codes and their own group's scale (no decode, no re-encode): a group's scale lives as long as
         one member does, and the rows then carry a group reference, which is counted.
         """
-        others = [x for x in (self.group_of, self.positions()) if x is not None]
-        moved = take_rows([*self.rows.values(), *others], flat)
-        rows = dict(zip(self.rows, moved, strict=False))
-        at = None if self.codec.first is None else _implied(moved[-1], counts, self.codec)
-        picked = replace(self, counts=counts, rows=rows, at=at)
+        place = self._place(flat)
+        others = [x for x in (self.group_of, self.at) if x is not None]
+        moved = take_rows([*self.rows.values(), *others], place)
+        rows, at = dict(zip(self.rows, moved, strict=False)), None
+        if self.codec.first is not None:
+            at = _after(self.counts, 0, self.codec)[flat] if self.at is None else moved[-1]
+        picked = replace(self, counts=counts, rows=rows, at=_implied(at, counts, self.codec), spare=0)
         if not self.groups:
             return picked
-        return picked._refer(flat // self.codec.group if self.group_of is None else moved[len(rows)].long())
+        return picked._refer(place // self.codec.group if self.group_of is None else moved[len(rows)].long())
 
     def select(self, batch: Tensor) -> Packed:
         """Rows of the batch, in the given order, with repetition."""
+        if self.spare:
+            return self.exact.select(batch)
         counts = self.counts.select(batch)
         rows = {k: _select(v, self.counts, batch) for k, v in self.rows.items()}
         taken = replace(
@@ -401,6 +539,10 @@ class Packed:
         size, lists = self.codec.group, self.counts.shape[0] * self.counts.shape[1]
         if size == 1 or self.group_of is None or not self.counts.total:
             return self
+        if self.spare:
+            exact = self.exact
+            done = exact.compact(below)
+            return self if done is exact else done
         group_of, closed, (owner, _) = self._explicit(), self._closed(), self.counts.owners()
         open_row = ~closed[group_of]
         list_of_group = owner.new_zeros(len(closed)).scatter(0, group_of, owner)
@@ -411,25 +553,30 @@ class Packed:
         chosen = (open_row & (rank < whole[owner])).nonzero()[:, 0]
         if not len(chosen):
             return self
-        before = self.pick(chosen, Counts.of(whole.view(self.counts.shape)))
-        x = before.dense_rows()
-        again = Packed.encode(self.codec, x, before.counts, before.positions())
-        lost = (again.dense_rows().float() - x.float()).norm() / x.float().norm()
-        freed = before._group_total() - again._group_total()
+        if hasattr(self.codec, "again"):
+            new_rows, new_groups, error = self.codec.again(self, chosen)
+        else:
+            before = self.pick(chosen, Counts.of(whole.view(self.counts.shape)))
+            x = before.dense_rows()
+            again = Packed.encode(self.codec, x, before.counts, before.positions())
+            new_rows, new_groups, decoded = again.rows, again.groups, x.float()
+            error = torch.stack([(again.dense_rows().float() - decoded).square().sum(), decoded.square().sum()])
+        freed = group_of[chosen].unique().numel() - len(chosen) // size
+        lost = float((error[0] / error[1]).sqrt())
         _log.info("compacted %d rows, %d groups freed, relative error %.3g", len(chosen), freed, lost)
         return replace(
             self,
-            rows={k: v.index_copy(0, chosen, again.rows[k]) for k, v in self.rows.items()},
-            groups={k: torch.cat([v, again.groups[k]]) for k, v in self.groups.items()},
-            closed=torch.cat([closed, torch.ones_like(closed[: again._group_total()])]),
-        )._refer(group_of.index_copy(0, chosen, len(closed) + torch.arange(len(chosen), device=x.device) // size))
+            rows={k: v.index_copy(0, chosen, new_rows[k]) for k, v in self.rows.items()},
+            groups={k: torch.cat([v, new_groups[k]]) for k, v in self.groups.items()},
+            closed=torch.cat([closed, torch.ones_like(closed[: len(chosen) // size])]),
+        )._refer(group_of.index_copy(0, chosen, len(closed) + torch.arange(len(chosen), device=chosen.device) // size))
 
     def _refer(self, group_of: Tensor) -> Packed:
         """Rows refer to the groups group_of [N]; those to which none refers are dropped."""
         used, group_of = renumber(group_of, self._group_total())
         groups = {k: v[used] for k, v in self.groups.items()}
         closed = None if self.closed is None else self.closed[used]
-        references = None if _in_whole_groups(group_of, self.codec.group) else _narrow(group_of)
+        references = None if _in_whole_groups(group_of, self.codec.group) else _narrow(group_of, len(used))
         return replace(self, groups=groups, group_of=references, closed=closed)
 
     def _closed(self) -> Tensor:
@@ -437,6 +584,14 @@ class Packed:
         if self.closed is not None:
             return self.closed
         return torch.zeros(self._group_total(), dtype=torch.bool, device=self.counts.device)
+
+    def _place(self, flat: Tensor) -> Tensor:
+        """Where the rows `flat` (flat indices) stand, as spare ones count."""
+        return flat + flat // self.counts.width * self.spare if self.spare else flat
+
+    def _used(self, x: Tensor) -> Tensor:
+        """[N, ...]: a per-row tensor without its spare rows."""
+        return self._by_list(x)[:, : self.counts.width].flatten(0, 1) if self.spare else x
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.rows.items()
@@ -449,7 +604,10 @@ class Packed:
             yield "closed", self.closed
 
     def row_nbytes(self) -> Tensor:
-        """[B] int64: bytes of the rows, and of the groups they refer to, of each batch row, as if it were alone."""
+        """[B] int64: bytes of the rows, and of the groups they refer to, of each batch row, as if it were alone.
+
+        Raises ValueError if a GPU has found since that something could not be stored."""
+        bounds.settle(self.counts.device)
         slots = self.counts.per_head.sum(1)
         total = slots * sum(_entry_nbytes(t) for t in (*self.rows.values(), *([] if self.at is None else [self.at])))
         if not self.groups:
@@ -457,7 +615,7 @@ class Packed:
         if self.group_of is None:
             used = slots // self.codec.group
         else:
-            parts = self.group_of.split(slots.tolist())
+            parts = self._used(self.group_of).split(slots.tolist())
             used = slots.new_tensor([part.unique().numel() for part in parts])
             referring = slots.new_tensor([not _in_whole_groups(part, self.codec.group) for part in parts])
             total += slots * referring * self.group_of.element_size()
@@ -465,11 +623,12 @@ class Packed:
         return total + used * sum(_entry_nbytes(t) for t in shared)
 
     def _group_total(self) -> int:
-        return next(iter(self.groups.values())).shape[0]
+        lists = self.counts.shape[0] * self.counts.shape[1]
+        return len(next(iter(self.groups.values()))) - lists * self.spare // self.codec.group
 
     def _explicit(self) -> Tensor:
         if self.group_of is not None:
-            return self.group_of.long()
+            return self._used(self.group_of).long()
         return torch.arange(self.counts.total, device=self.counts.device) // self.codec.group
 
 
@@ -488,10 +647,18 @@ def mix(packed: Packed, weights: Tensor) -> Tensor:
     return weights @ rows.view(weights.shape[0], -1, rows.shape[1])
 
 
-def _narrow(group_of: Tensor) -> Tensor:
+_SHORT = 2**15
+"""Groups that int16 can name."""
+
+
+def _narrow(group_of: Tensor, groups: int) -> Tensor:
     """The smallest integer type that can name every group: the references are part of the bytes."""
-    largest = int(group_of.max()) if group_of.numel() else 0
-    return group_of.to(torch.int16 if largest < 2**15 else torch.int32)
+    return group_of.to(torch.int16 if groups <= _SHORT else torch.int32)
+
+
+def _after(counts: Counts, start: int, codec: Codec) -> Tensor:
+    """[N] int64: positions of the rows of lists that come after `start` rows and have lost nothing."""
+    return counts.owners()[1] + start + (codec.first or 0)
 
 
 def _in_whole_groups(group_of: Tensor, size: int) -> bool:
@@ -503,7 +670,7 @@ def _in_whole_groups(group_of: Tensor, size: int) -> bool:
 
 def _implied(at: Tensor | None, counts: Counts, codec: Codec) -> Tensor | None:
     """Positions [N] as they are stored: not at all if they follow from `codec.first`."""
-    if at is None or codec.first is None or torch.equal(at.long(), counts.owners()[1] + codec.first):
+    if at is None or codec.first is None or torch.equal(at.long(), _after(counts, 0, codec)):
         return None
     return at.int()
 
@@ -655,49 +822,56 @@ class Held:
             return Held(tail, Counts.of(left))
         return Held(tail, Counts.of(left), body, None if self.sinks is None else Counts.of(sinks[..., 0]))
 
-    def pack(self, codec: Codec, amount: Tensor, sinks: Tensor | None = None, position: Tensor | None = None) -> Held:
-        """Encodes by `codec` the oldest `amount` [B, H] `unpacked` slots after the `sinks` [B, H] first ones.
+    def pack(self, codec: Codec, amount: Counts, sinks: Counts | None = None, position: Tensor | None = None) -> Held:
+        """Encodes by `codec` the oldest `amount` `unpacked` slots of each list after its `sinks` first ones.
 
         sinks must be what is held before a list's body, if it has one. position [B, H, S] of all slots, for codecs
-        that ask for it.
+        that ask for it. Where all lists are equally long, nothing here waits for a GPU, but for codecs that ask for
+        positions; and the body grows in place. How long lists are is known to the host alone, so that a CUDA graph
+        that is played again packs to the same place: capture kernels, not steps of a cache.
         """
-        moved = Counts.of(amount)
-        if moved.total == 0:
+        if amount.total == 0:
             return self
         if self.is_flat:
             return self.rectangular().pack(codec, amount, sinks, position)
-        before = torch.zeros_like(amount) if sinks is None else sinks
-        column = torch.arange(moved.width, device=amount.device)
+        before = sinks or amount.each(torch.zeros_like)
+        start = before if self.body is None else before.plus(self.body.counts)
         at = None
         if codec.first is not None and position is not None:
-            slot = torch.where(self._empty_body, before, self.packed[1])[..., None] + column
-            at = flatten(take_columns(position.expand(*self.counts.shape, -1), slot), moved)
-        packed = Packed.encode(codec, flatten(take_columns(self.tail, before[..., None] + column), moved), moved, at)
-        left = Counts.of(self.tail_counts.per_head - amount)
-        column = torch.arange(left.width, device=amount.device)
-        column = torch.where(column < before[..., None], column, column + amount[..., None])
-        body = packed if self.body is None else self.body.extend(packed)
-        return Held(take_columns(self.tail, column), left, body, None if sinks is None else Counts.of(sinks))
+            at = _run(position.expand(*self.counts.shape, -1), start, amount)
+        x = _run(self.tail, before, amount)
+        left = self.tail_counts.each(torch.sub, amount)
+        if before.even is not None and amount.even is not None and left.even is not None:
+            kept = [self.tail[:, :, : before.even], self.tail[:, :, before.even + amount.even : self.tail_counts.even]]
+            tail = torch.cat(kept, dim=2)
+        else:
+            column = torch.arange(left.width, device=x.device)
+            first = before.per_head[..., None]
+            tail = take_columns(self.tail, torch.where(column < first, column, column + amount.per_head[..., None]))
+        if self.body is None:
+            return Held(tail, left, Packed.encode(codec, x, amount, at), sinks)
+        return Held(tail, left, self.body.append(codec, x, amount, at), sinks)
 
     def compact(self, below: float) -> Held:
         """See `Packed.compact`."""
         return self if self.body is None else replace(self, body=self.body.compact(below))
 
-    def first_tokens(self, amount: int, position: Tensor) -> Tensor | None:
-        """[B, H] int64: how many slots to keep before the body as sinks, which are tokens before position `amount`.
+    def first_tokens(self, amount: int, position: Tensor) -> Counts | None:
+        """How many slots to keep before the body as sinks, which are tokens before position `amount`.
 
         position [B, H or 1, S]. None: no sinks are asked for.
         """
         if not amount:
             return None
+        known = None
+        if self.body is not None and not self.is_flat:
+            known = self.sinks or self.body.counts.each(torch.zeros_like)
+            if self.body.counts.even:
+                return known
         first = ((position >= 0) & (position < amount)).sum(-1).expand(self.counts.shape)
-        return first if self.body is None or self.is_flat else torch.where(self._empty_body, first, self.packed[0])
-
-    @property
-    def _empty_body(self) -> Tensor:
-        """[B, H] bool: lists of which nothing is packed yet."""
-        first, end = self.packed
-        return first == end
+        if known is not None and self.body is not None:
+            first = torch.where(self.body.counts.per_head == 0, first, known.per_head)
+        return Counts.of(first)
 
     @property
     def is_flat(self) -> bool:
@@ -705,9 +879,9 @@ class Held:
         return self.body is not None and isinstance(self.body.codec, Plain)
 
     @property
-    def unpacked(self) -> Tensor:
-        """[B, H] int64: slots in full precision."""
-        return (self.counts if self.is_flat else self.tail_counts).per_head
+    def unpacked(self) -> Counts:
+        """Slots in full precision."""
+        return self.counts if self.is_flat else self.tail_counts
 
     def flattened(self) -> Held:
         """The same slots, full-precision ones flat if a rectangle would waste more than a twentieth of its bytes."""
@@ -731,7 +905,8 @@ class Held:
 
     def sealed(self) -> Held:
         """The same slots without spare capacity, so that two holders can append without seeing each other."""
-        return replace(self, tail=self.tail[:, :, : self.tail_counts.width])
+        body = None if self.body is None else self.body.exact
+        return replace(self, tail=self.tail[:, :, : self.tail_counts.width], body=body)
 
     def to(self, device: torch.device | str) -> Held:
         """The same slots, what is full precision on another device; only good for being moved back."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from kvbench.kernels.decode import Coded, Format
-from kvbench.kernels.packing import divide, pack_planar, unpack_planar
+from kvbench.kernels.pack import Out, Turn, table_per_token
+from kvbench.kernels.packing import unpack_planar
 from kvbench.policies.int_token import Rotated
 from kvbench.policies.interface import Quantizer, Step
 from kvbench.policies.store import Codec, Packed, Where
@@ -97,20 +98,16 @@ class LloydMax:
     norm_correction: bool
     group: ClassVar[int] = 1
     first: ClassVar[None] = None
+    writes: ClassVar[bool] = True
 
-    def encode(self, x: Tensor, where: Where) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        norm = _norm(x)
-        stored = norm.half()
-        if not bool(stored.isfinite().all()):
-            raise ValueError(
-                f"TurboQuant stores norms of rows as fp16, at most 65504; keys or values reach {float(norm.max()):.6g}"
-            )
-        centroids = _codebook(self.bits, x.device)
-        y = x / norm.masked_fill(norm == 0, 1.0) * x.shape[1] ** 0.5
-        codes = torch.bucketize(y, divide(centroids[1:] + centroids[:-1], 2), right=True).to(torch.uint8)
-        if self.bits == 3:
-            return {"codes": pack_planar(codes & 3, 2), "high": pack_planar(codes >> 2, 1), "norm": stored}, {}
-        return {"codes": pack_planar(codes, self.bits), "norm": stored}, {}
+    def encode(self, x: Tensor, where: Where, out: Out = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.encode_turned(x, where, None, out)
+
+    def encode_turned(
+        self, x: Tensor, where: Where, turn: Turn | None, out: Out = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        found = table_per_token(x, _codebook(self.bits, x.device), self.bits, turn, out)
+        return dict(zip(("norm", "codes", "high"), found, strict=False)), {}
 
     def decode(self, packed: Packed) -> Tensor:
         rows, _ = self._rows(packed)
@@ -127,15 +124,12 @@ class LloydMax:
         weights = weights * factor.view(len(weights), 1, -1)
         return _by_byte(weights @ rows.view(len(weights), -1, rows.shape[1]), self.bits, back=True)
 
-    def coded(self, packed: Packed) -> Coded | None:
-        """None: no kernel reads codes of 3 bits, in two parts."""
-        if self.bits == 3:
-            return None
+    def coded(self, packed: Packed) -> Coded:
         codes = packed.rows["codes"]
-        channels, table = codes.shape[1] * 8 // self.bits, _codebook(self.bits, codes.device)
+        channels, table = codes.shape[1] * 8 // (2 if self.bits == 3 else self.bits), _codebook(self.bits, codes.device)
         unit = 1.0 if self.norm_correction else channels**-0.5
         form = Format("lut", self.bits, "token", channels, normalized=self.norm_correction)
-        return Coded(form, codes, packed.rows["norm"], table=table, unit=unit)
+        return Coded(form, codes, packed.rows["norm"], table=table, unit=unit, high=packed.rows.get("high"))
 
     def _rows(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """Centroids [N, D], channels `_by_byte`, and what to multiply each row by, [N, 1]."""

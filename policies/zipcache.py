@@ -107,15 +107,16 @@ class ZipCache(Quantizer):
     def _pack(self, held: Held, codec: Classes, saliency: Tensor, position: Tensor) -> Held:
         held = held.rectangular()
         sinks = held.first_tokens(self.sinks, position)
-        before = torch.zeros_like(held.unpacked) if sinks is None else sinks
-        amount, _ = self.flush(held.unpacked - before)
-        cut = Held(held.tail, held.tail_counts).pack(Plain(held.dtype), amount, sinks)  # splits the tail, no more
+        before = sinks or held.unpacked.each(torch.zeros_like)
+        packing = held.unpacked.each(lambda tail, sinks: self.flush(tail - sinks)[0], before)
+        cut = Held(held.tail, held.tail_counts).pack(Plain(held.dtype), packing, sinks)  # splits the tail, no more
+        amount = packing.per_head
         if cut.body is None:
             return held
         x, moved = cut.body.rows["plain"], cut.body.counts
         first, end = held.packed
         column = torch.arange(moved.width, device=x.device)
-        slot = torch.where(first == end, before, end)[..., None] + column
+        slot = torch.where(first == end, before.per_head, end)[..., None] + column
         score = take_columns(saliency.expand(*moved.shape, -1), slot)
         score = score.masked_fill(column >= amount[..., None], -torch.inf)
         rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
@@ -157,7 +158,10 @@ class ChannelSeparable:
 
 @dataclass(frozen=True)
 class Classes:
-    """The formats of important and of other tokens. A group is a block: so many tokens of each as make their groups."""
+    """The formats of important and of other tokens. A group is a block: so many tokens of each as make their groups.
+
+    Decode attention runs in PyTorch: the rows of a list lie in two bodies, and kernels read one.
+    """
 
     important: Codec
     others: Codec
@@ -198,11 +202,19 @@ class TwoClasses(Packed):
     @property
     def _row(self) -> Tensor:
         """[N] int64: each row's place in its body."""
-        important = self.rows["important"]
+        important = self._important
         return torch.where(important, important.cumsum(0), (~important).cumsum(0)) - 1
 
+    @property
+    def _important(self) -> Tensor:
+        return self._used(self.rows["important"])
+
+    @property
+    def exact(self) -> TwoClasses:
+        return self._with(super().exact, self.high.exact, self.low.exact)
+
     def dense_rows(self) -> Tensor:
-        source = self._row + torch.where(self.rows["important"], 0, self.high.counts.total)
+        source = self._row + torch.where(self._important, 0, self.high.counts.total)
         return torch.cat([self.high.dense_rows(), self.low.dense_rows()]).index_select(0, source)
 
     def _cut(self, start: int, stop: int) -> tuple[Packed, int]:
@@ -224,7 +236,7 @@ class TwoClasses(Packed):
         return self._with(grown, self.high.extend(other.high), self.low.extend(other.low))
 
     def pick(self, flat: Tensor, counts: Counts) -> TwoClasses:
-        important, row = self.rows["important"][flat], self._row[flat]
+        important, row = self._important[flat], self._row[flat]
         of = _class_counts(counts, important)
         high, low = self.high.pick(row[important], of), self.low.pick(row[~important], _without(counts, of))
         return self._with(super().pick(flat, counts), high, low)
@@ -246,7 +258,7 @@ class TwoClasses(Packed):
         return super().row_nbytes() + self.high.row_nbytes() + self.low.row_nbytes()
 
     def _with(self, flags: Packed, high: Packed, low: Packed) -> TwoClasses:
-        return replace(self, counts=flags.counts, rows=flags.rows, high=high, low=low)
+        return replace(self, counts=flags.counts, rows=flags.rows, spare=flags.spare, high=high, low=low)
 
 
 def _class_counts(counts: Counts, important: Tensor) -> Counts:

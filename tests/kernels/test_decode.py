@@ -12,11 +12,26 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvbench import CompressedCache, backend
 from kvbench.kernels.decode import packed_decode
-from kvbench.policies import FP8, H2O, KIVI, NVFP4, IntToken, Policy, Quest, StreamingLLM, TurboQuant, ZipCache
-from kvbench.policies.interface import KV, Mixed
+from kvbench.kernels.rotation import rotate
+from kvbench.policies import (
+    FP8,
+    H2O,
+    KIVI,
+    NVFP4,
+    OSCAR,
+    IntToken,
+    KVQuant,
+    Policy,
+    Quest,
+    StreamingLLM,
+    TurboQuant,
+    ZipCache,
+)
+from kvbench.policies.interface import KV, Mixed, Step
 
 pytest.importorskip("triton")
 from kvbench.kernels.decode import triton as kernels
@@ -37,11 +52,22 @@ FORMATS: list[Any] = [
     NVFP4(rotate=True, sinks=2),
     TurboQuant(1),
     TurboQuant(2),
+    TurboQuant(3),
     TurboQuant(4, norm_correction=True),
     KIVI(4, 16, 16).keys & NVFP4(sinks=4).values,
     FP8(sinks=20).values & KIVI(2, 16, 32).keys,
     Mixed(v=NVFP4()),
 ]
+CALIBRATED: list[Any] = [
+    OSCAR(residual=5),
+    NVFP4(checkpoint="proving_affine", rotate=True),
+    FP8(checkpoint="proving_affine"),
+    KVQuant(2, qnorm=True),
+    KVQuant(3, sinks=1),
+    KVQuant(4),
+    KVQuant(4).keys & FP8(sinks=3).values,
+]
+"""For heads of 64 channels."""
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2, torch.float32: 2e-5}
 SCALING = 0.2
 SMALL = {"split": 32}
@@ -51,16 +77,20 @@ class Case:
     """Packed lists with `tokens` new ones, and queries of these."""
 
     def __init__(
-        self, policy: Any, slots: int = 41, tokens: int = 1, dim: int = 32, group: int = 2, batch: int = 1,
-        dtype: torch.dtype = torch.float32, device: Any = "cpu", keep: Tensor | None = None,
+        self, policy: Any, slots: int = 41, tokens: int = 1, dim: int | None = None, group: int = 2, batch: int = 1,
+        dtype: torch.dtype = torch.float32, device: Any = "cpu", keep: Tensor | None = None, pairs: int = 32,
     ) -> None:  # fmt: skip
+        dim = dim or (64 if policy in CALIBRATED else 32)
+
         def drawn(heads: int, count: int) -> Tensor:
             return torch.randn(batch, heads, count, dim).to(device, dtype)
 
-        kv: KV = policy.encode(drawn(2, slots), drawn(2, slots)) if slots else KV.of(drawn(2, 0), drawn(2, 0))
+        kv = KV.of(drawn(2, slots), drawn(2, slots))
+        seen, frequency = torch.full((batch,), slots, device=device), 1e4 ** -torch.linspace(0, 1, pairs, device=device)
+        if slots and policy is not None:
+            kv = policy(kv, Step(layer=0, prompt=seen, seen=seen, layers=4, inverse_frequency=frequency))
         if keep is not None:
             kv = kv.gather(keep.to(device))
-        seen = torch.full((batch,), slots, device=device)
         self.kv = kv.append(drawn(2, tokens), drawn(2, tokens), None, seen)
         self.query = drawn(2 * group, tokens)
         self.position = slots + torch.arange(tokens, device=device).expand(batch, -1)
@@ -69,32 +99,45 @@ class Case:
     def run(self, function: Any, **options: Any) -> tuple[Tensor, Tensor]:
         sides = [backend.side(held, self.query.shape[2]) for held in (self.kv.keys, self.kv.values)]
         if function is kernels.packed_decode:
-            assert kernels.reason(self.query, *sides) is None
+            assert kernels.reason(self.query, *sides, options.get("turn")) is None
             options = SMALL | options
         options = {"scaling": SCALING, "sums": True} | options
         return function(self.query, *sides, self.position, self.kv.position, self.total, **options)
 
-    def expected(self, softcap: float | None = None, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def expected(
+        self, softcap: float | None = None, sinks: Tensor | None = None, allowed: Tensor | None = None,
+        recent: int | Tensor = 0, window: int | None = None, turn: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Output and sums in float64, from what the codecs decode."""
         keys, values = (
             replace(held, body=held.body and replace(held.body, dtype=torch.float32), tail=held.tail.float()).dense()
             for held in (self.kv.keys, self.kv.values)
         )
+        keys = keys if turn is None else rotate(keys, *turn)
         group = self.query.shape[1] // 2
         logits = self.query.double() @ keys.double().repeat_interleave(group, 1).transpose(2, 3) * SCALING
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         at = self.kv.position.expand(-1, 2, -1).repeat_interleave(group, 1)[:, :, None]
-        logits = logits.masked_fill((at < 0) | (at > self.position[:, None, :, None]), -torch.inf)
+        after = self.position[:, None, :, None] - at
+        seen = (at >= 0) & (after >= 0)
+        if allowed is not None:
+            newest = torch.as_tensor(recent, device=at.device).view(-1, 1, 1, 1)
+            if allowed.shape[1] == 2:
+                allowed = allowed.repeat_interleave(group, 1)
+            seen &= allowed[:, :, None] | (after < newest)
+        if window is not None:
+            seen &= after < window
+        logits = logits.masked_fill(~seen, -torch.inf)
         if sinks is not None:
             extra = sinks.double().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
             logits = torch.cat([logits, extra], -1)
-        weights = logits.softmax(-1)[..., : keys.shape[2]]
+        weights = logits.softmax(-1)[..., : keys.shape[2]].nan_to_num()  # nan: nothing is seen
         out = weights @ values.double().repeat_interleave(group, 1)
         return out, weights.unflatten(1, (2, group)).sum((2, 3))
 
     def check(self, function: Any = None, **options: Any) -> None:
-        geometry = {k: v for k, v in options.items() if k in ("softcap", "sinks")}
+        geometry = {k: v for k, v in options.items() if k != "split"}
         out, sums = self.run(function or kernels.packed_decode, **options)
         right, received = self.expected(**geometry)
         most = self.kv.values.dense().abs().max()
@@ -108,12 +151,12 @@ DTYPES = [torch.float32, torch.bfloat16] if torch.cuda.is_available() else [torc
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.mark.parametrize("policy", FORMATS, ids=str)
+@pytest.mark.parametrize("policy", [*FORMATS, *CALIBRATED], ids=str)
 def test_the_reference_reads_what_the_codecs_wrote(policy: Any) -> None:
-    Case(policy, 70, 3, dim=32).check(packed_decode)
+    Case(policy, 70, 3).check(packed_decode)
 
 
-@pytest.mark.parametrize("policy", FORMATS, ids=str)
+@pytest.mark.parametrize("policy", [*FORMATS, *CALIBRATED], ids=str)
 def test_every_format(policy: Any, device: torch.device) -> None:
     Case(policy, dtype=torch.float16, device=device).check()
 
@@ -150,7 +193,66 @@ def test_head_dims(policy: Policy, dim: int, device: torch.device) -> None:
     Case(policy, 34, dim=dim, group=1, device=device).check()
 
 
-@pytest.mark.parametrize("policy", [KIVI(2, 16, 16), NVFP4(sinks=2)], ids=str)
+BOTH = pytest.mark.parametrize("function", [packed_decode, kernels.packed_decode], ids=["reference", "kernel"])
+
+
+@pytest.mark.parametrize(
+    ("policy", "tokens", "options"),
+    [
+        (KIVI(2, 16, 16), 3, {"heads": 2, "recent": 4}),
+        (KIVI(4, 16, 16, sinks=2), 2, {"heads": 4, "recent": torch.tensor([7, 0])}),
+        (NVFP4(), 1, {"heads": 1, "recent": 1, "window": 30}),
+        (None, 1, {"heads": 4, "recent": 0}),
+        (None, 2, {"window": 7}),
+        (FP8(sinks=4), 8, {"window": 20}),
+        (IntToken(4), 1, {"window": 1}),
+    ],
+    ids=str,
+)
+@BOTH
+def test_what_is_seen_may_be_narrowed(
+    policy: Any, tokens: int, options: dict[str, Any], function: Any, device: torch.device
+) -> None:
+    case = Case(policy, 50, tokens, batch=2, device=device)
+    given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items() if k != "heads"}
+    if "heads" in options:
+        few = torch.rand(2, options["heads"], 50 + tokens, device=device) < 0.2
+        given["allowed"] = few & (torch.arange(50 + tokens, device=device) // 16 != 1)  # a tile that nobody reads
+    case.check(function, **given)
+
+
+def test_what_nobody_sees_is_not_read(device: torch.device) -> None:
+    case = Case(KIVI(2, 16, 16), 64, device=device)
+    allowed = torch.arange(65, device=device).expand(1, 2, -1) // 16 != 1
+    right = case.expected(allowed=allowed)
+    for held in (case.kv.keys, case.kv.values):
+        assert held.body is not None
+        scale = held.body.groups.get("scale")
+        (held.body.rows["scale"][16:32] if scale is None else scale[1]).fill_(torch.nan)
+    torch.testing.assert_close(case.run(kernels.packed_decode, allowed=allowed), tuple(x.float() for x in right))
+
+
+TURNED = [KIVI(2, 16, 16), KIVI(4, 16, 16, sinks=3), IntToken(8), IntToken(4), FP8(per_token=True), NVFP4(), None]
+
+
+@pytest.mark.parametrize("policy", [*TURNED, KVQuant(3, sinks=1)], ids=str)
+@BOTH
+def test_keys_are_turned_in_the_tile(policy: Any, function: Any, device: torch.device) -> None:
+    case = Case(policy, 41, 2, dim=64, device=device)
+    frequency = 1e4 ** -torch.linspace(0, 1, 32, device=device)
+    # To turn twice, as codecs and caches do, rounds large angles twice.
+    shift = torch.randint(0, 60_000 if policy in TURNED else 100, case.kv.position.shape, device=device)
+    case.check(function, turn=(shift, frequency))
+
+
+@pytest.mark.parametrize("policy", [KIVI(2, 16, 16), FP8(), NVFP4(), KVQuant(4)], ids=str)
+def test_some_channels_are_not_turned(policy: Any, device: torch.device) -> None:
+    case = Case(policy, 41, dim=64, pairs=16, device=device)
+    frequency = 1e4 ** -torch.linspace(0, 1, 16, device=device)
+    case.check(turn=(torch.arange(42, device=device).expand(1, 2, -1), frequency))
+
+
+@pytest.mark.parametrize("policy", [KIVI(2, 16, 16), NVFP4(sinks=2), KVQuant(3, sinks=1)], ids=str)
 def test_ragged_lists_after_eviction(policy: Policy, device: torch.device) -> None:
     keep = torch.full((2, 2, 33), -1)
     for i, kept in enumerate([range(0, 60, 2), range(5), range(7, 40), [0, 3, 59]]):
@@ -158,6 +260,8 @@ def test_ragged_lists_after_eviction(policy: Policy, device: torch.device) -> No
     case = Case(policy, 60, 2, batch=2, keep=keep, device=device)
     assert case.kv.counts.even is None
     case.check()
+    allowed = torch.rand(2, 2, case.kv.position.shape[-1], device=device) < 0.5
+    case.check(allowed=allowed, recent=3)
 
 
 def test_full_precision_lists_that_differ(device: torch.device) -> None:
@@ -218,7 +322,6 @@ def test_sums_are_left_out_where_nobody_asks(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("policy", "dim", "tokens", "why"),
     [
-        (TurboQuant(3), 32, 1, "keys are in a format that no kernel reads"),
         (FP8(), 32, 9, "9 queries per head; the kernel takes 8"),
         (FP8(), 40, 1, "head_dim=40 is not a multiple of 16"),
         (FP8(), 288, 1, "head_dim=288 is not a multiple of 16 up to 256"),
@@ -251,7 +354,16 @@ def fast(device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "interpret"
 
 
-@pytest.mark.parametrize("policy", [H2O(20) | KIVI(2, 16, 16), NVFP4(sinks=2)], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        H2O(20) | KIVI(2, 16, 16),
+        NVFP4(sinks=2),
+        Quest(budget=12, page=4, dense_layers=0) | IntToken(8),
+        StreamingLLM(20) | FP8(),
+    ],
+    ids=str,
+)
 def test_a_model_decodes_by_the_kernels(
     policy: Policy, fast: str, tiny: tuple, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,8 +380,7 @@ def test_a_model_decodes_by_the_kernels(
     ("policy", "why"),
     [
         (ZipCache(interval=10), "keys are in a format that no kernel reads"),
-        (Quest(budget=12, page=4, dense_layers=0) | FP8(), "a selector narrows what is read"),
-        (StreamingLLM(20) | FP8(), "keys are turned to positions within the cache"),
+        (StreamingLLM(20) | NVFP4(rotate=True), "keys are rotated and cannot be turned to other positions"),
     ],
     ids=str,
 )
@@ -277,7 +388,7 @@ def test_says_once_why_it_does_not(
     policy: Policy, why: str, fast: str, tiny: tuple, device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setenv("KVBENCH_BACKEND", fast)
-    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.setattr("kvbench.kernels.choice._said", set())
     with caplog.at_level(logging.WARNING, logger="kvbench"):
         decoded(tiny[0].to(device), policy)
     said = [x.message for x in caplog.records if "attention to packed slots" in x.message]
@@ -289,6 +400,62 @@ def test_unknown_backend(monkeypatch: pytest.MonkeyPatch, device: torch.device) 
     monkeypatch.setenv("KVBENCH_BACKEND", "cuda")
     with pytest.raises(ValueError, match="KVBENCH_BACKEND must be one of torch, triton, interpret, got 'cuda'"):
         backend.chosen(device)
+
+
+class NoSync(TorchDispatchMode):
+    """Fails at whatever has to wait for values on the device."""
+
+    WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "equal", "repeat_interleave")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in self.WAITS, func
+        return func(*args, **(kwargs or {}))
+
+
+class Nothing:
+    """A kernel that does nothing."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("policy", [KIVI(2, 16, 16), NVFP4(rotate=True), OSCAR(residual=5), KVQuant(4)], ids=str)
+def test_nothing_waits_for_the_device(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(policy)
+    sides = [backend.side(held, 1) for held in (case.kv.keys, case.kv.values)]
+    for name in ("split_attention", "merge_splits", "sum_probabilities"):
+        monkeypatch.setattr(kernels, name, Nothing())
+    with NoSync():
+        kernels.packed_decode(
+            case.query, *sides, case.position, case.kv.position, case.total, scaling=SCALING, sums=True,
+            allowed=torch.ones(1, 2, 42, dtype=torch.bool), recent=2, window=9,
+            valid=torch.ones(1, 1, dtype=torch.bool),
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", [KIVI(2, 16, 16), IntToken(4), KVQuant(4)], ids=str)
+def test_a_captured_graph_serves_other_lengths(policy: Any, device: torch.device) -> None:
+    case = Case(policy, 300, dtype=torch.float16, device=device)
+    sides = [backend.side(held, 1) for held in (case.kv.keys, case.kv.values)]
+    position, options = case.kv.position.expand(1, 2, -1).clone(), {"scaling": SCALING, "sums": True, "window": 290}
+    inputs = case.query, *sides, case.position, position, case.total
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):  # compiles
+        kernels.packed_decode(*inputs, **SMALL, **options)
+    torch.cuda.current_stream().wait_stream(side_stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = kernels.packed_decode(*inputs, **SMALL, **options)
+    for fewer in (0, 16, 32):  # the last packed slots are gone
+        for side in sides:
+            side.lists[:, 2:] -= fewer
+        case.total -= fewer
+        live = position[..., fewer:].clone()
+        position.fill_(-1)[..., : live.shape[-1]] = live
+        graph.replay()
+        torch.testing.assert_close(captured, packed_decode(*inputs, **options), atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.gpu

@@ -54,13 +54,23 @@ def test_evicted_caches_are_moved_by_the_kernel(
     keys, values = torch.randn(2, 2, 2, 48, 32, device=device).unbind()
     keep = torch.stack([torch.randperm(48)[:21].sort().values for _ in range(4)]).view(2, 2, 21).to(device)
     kv: KV = policy.encode(keys, values)  # type: ignore[attr-defined]
-    found, ran = [], []
+    kv = kv.with_columns(
+        attention=torch.rand(2, 2, 48, device=device), page=torch.arange(48, device=device).expand(2, 1, -1)
+    )
+    found: list[KV] = []
+    ran: list[torch.dtype] = []
     function = kernels.take_rows
-    monkeypatch.setattr(kernels, "take_rows", lambda *args: ran.append(1) or function(*args))
+    monkeypatch.setattr(
+        kernels, "take_rows", lambda some, *args: ran.extend(x.dtype for x in some) or function(some, *args)
+    )
     for backend in ("torch", "interpret" if device.type == "cpu" else "triton"):
         monkeypatch.setenv("KVBENCH_BACKEND", backend)
         found.append(kv.gather(keep).gather(keep[..., :9] % 21))
         assert bool(ran) == (backend != "torch")
+    # Codes, and what rides with slots: scores, positions (shared by heads until they part), and other columns.
+    assert {torch.uint8, torch.float32, torch.int32, torch.int64} <= set(ran)
+    for name, column in found[0].columns.items():
+        assert torch.equal(column, found[1].columns[name]), name
     monkeypatch.setenv("KVBENCH_BACKEND", "torch")
     for a, b in zip(*((kv.keys, kv.values) for kv in found), strict=True):
         for (name, x), (_, y) in zip(a.tensors(), b.tensors(), strict=True):

@@ -254,7 +254,7 @@ def parts(kv: KV) -> dict[str, Tensor]:
     found = {}
     for side, held in (("keys", kv.keys), ("values", kv.values)):
         found[f"{side}.tail"] = held.tail[:, :, : held.tail_counts.width][held.tail_counts.live()]
-        found |= {f"{side}.{n}": t for n, t in (held.body.tensors() if held.body else ())}
+        found |= {f"{side}.{n}": t for n, t in (held.body.exact.tensors() if held.body else ())}
     return {name: tensor for name, tensor in found.items() if tensor.numel()}
 
 

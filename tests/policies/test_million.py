@@ -33,7 +33,8 @@ def write(folder: Path, subspaces: int, bits: int, number: int, head_dim: int, *
 
 
 def rows(kv: KV, side: str) -> Tensor:
-    return dict(kv.tensors())[f"{side}.codes"]
+    rows: Tensor = getattr(kv, side).body.exact.rows["codes"]
+    return rows
 
 
 def packed(codes: list[int], bits: int) -> list[int]:

@@ -75,7 +75,7 @@ def parts(kv: KV) -> dict[str, Tensor]:
     found = {}
     for side, held in (("keys", kv.keys), ("values", kv.values)):
         found[f"{side}.tail"] = held.tail[:, :, : held.tail_counts.width][held.tail_counts.live()]
-        found |= {f"{side}.{n}": t for n, t in (held.body.tensors() if held.body else ())}
+        found |= {f"{side}.{n}": t for n, t in (held.body.exact.tensors() if held.body else ())}
     return {name: tensor for name, tensor in found.items() if tensor.numel()}
 
 
@@ -240,7 +240,7 @@ def test_gather_keeps_codes_and_never_encodes_again(
                     first, end = (x[..., None] for x in before.packed)
                     starts = before.body.counts.starts().view(2, 2, 1)
                     chosen = (starts + index - first)[(index >= first) & (index < end)]
-                    for name, tensor in before.body.rows.items():
+                    for name, tensor in before.body.exact.rows.items():
                         assert torch.equal(after.body.rows[name], tensor[chosen])
             kv = kept
 
