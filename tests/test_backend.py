@@ -48,8 +48,8 @@ def feed(model: Any, cache: CompressedCache, ids: Tensor, mask: Tensor, chunks: 
 @pytest.mark.parametrize("name", ["torch", "interpret"])
 def test_rows_say_what_attended_to_packed_slots(name: str, tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("kernels are compiled where there is a GPU")
+    if name == "interpret" and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is started without a GPU only, see conftest.py")
     monkeypatch.setenv("KVBENCH_BACKEND", name)
     stacks: list[Policy] = [Full(), KIVI(4, 16, 16), ZipCache(interval=10)]
     runs = run_stacks(*tiny, Ppl(prefix=60, score_tokens=12, count=1), stacks)
