@@ -19,7 +19,7 @@ from kvbench.leaderboard import build, load, main_compare, main_leaderboard
 from kvbench.leaderboard.benchmarks import variant_of
 from kvbench.leaderboard.chart import chart
 from kvbench.leaderboard.needles import bins, heat
-from kvbench.leaderboard.words import column, number, percent, span
+from kvbench.leaderboard.words import cell_text, column, number, percent, span
 from kvbench.results import ResultsError, Task, cell_id, write_cell
 from kvbench.tasks.longbench import KV_SUBTASKS
 
@@ -302,6 +302,42 @@ def test_a_stack_that_misses_a_task_is_shown_unranked(tmp_path):
     assert stacks["a"].rank is None and stacks["a"].missing == ("qa",) and math.isnan(stacks["a"].headline.estimate)
     assert stacks["b"].rank is not None
     assert "incomplete" in leaderboard.to_markdown(board) and "missing: qa" in leaderboard.to_csv(board)
+
+
+def test_an_error_scores_zero_on_the_samples_of_the_others(tmp_path, capsys):
+    """Or else who fails where it is hard would lead. What cannot be run at all (infeasible) has no score."""
+    easy, hard = [1.0] * 20, [1.0] * 10 + [0.5] * 10
+    lost = {"status": "failed", "reason": "out of memory"}
+    for task, scores in (("easy", easy), ("hard", hard)):
+        write(tmp_path, cell(task=task, scores=scores), cell("steady", task=task, scores=[0.9 * s for s in scores]))
+        write(tmp_path, cell(quant="q", task=task, scores=scores, rho=0.25))
+    write(tmp_path, cell("fails", task="easy", scores=easy, rho=0.5), cell("fails", task="hard", **lost))
+    write(tmp_path, cell("fails", "q", task="easy", scores=easy, rho=0.5), cell("fails", "q", task="hard", **lost))
+    write(tmp_path, cell("cannot", task="easy"), cell("cannot", task="hard", status="infeasible", reason="too small"))
+    write(tmp_path, cell("never", task="easy", **lost), cell("never", task="hard", **lost))
+    for stack in (("full", "none"), ("steady", "none"), ("full", "q"), ("fails", "q")):
+        rho = 0.5 if stack[0] == "fails" else 1.0
+        write(tmp_path, cell(*stack, task="text", kind="nll", scores=[0.2] * 20, rho=rho))
+    write(tmp_path, cell("fails", task="text", kind="nll", scores=[], **lost))
+    board, section, stacks = the_only_section(tmp_path)
+    assert stacks["fails"].failed == ("hard", "text") and not stacks["fails"].missing
+    assert stacks["fails"].tasks["hard"].score.estimate == 0 and stacks["fails"].tasks["hard"].n == 20
+    assert stacks["fails"].headline.estimate == pytest.approx(1 / 3)  # of easy, hard and text
+    assert stacks["fails"].delta.estimate == pytest.approx((1 - 1 + 0 - 0.75 + 0 - 0.2) / 3)
+    assert stacks["fails"].rank > stacks["steady"].rank
+    assert stacks["fails"].rho == pytest.approx(0.5) and len(stacks["fails"].cells) == 1  # of what has bytes
+    assert cell_text(stacks["fails"].tasks["text"]) == "∞" and cell_text(stacks["fails"].tasks["hard"]) == "0.0"
+    assert stacks["cannot"].rank is None and stacks["cannot"].missing == ("hard", "text") and "never" not in stacks
+    assert not section.contrasts  # a crash says nothing of how damages add up
+    statuses = {(x.stack, x.task): x.status for x in board.left_out}
+    assert statuses["fails", "hard"] == "failed, scores 0" and statuses["cannot", "hard"] == "infeasible"
+    assert statuses["never", "hard"] == "failed"
+    assert "its samples score 0 and have no bytes (3 here)" in " ".join(section.caption)
+    assert "failed: hard, text" in leaderboard.to_markdown(board) and "failed: hard, text" in leaderboard.to_html(board)
+    assert main_compare(["steady", "fails", str(tmp_path), "--resamples", "200"]) == 0
+    said = capsys.readouterr().out
+    assert "Failed, scores 0: fails on hard: out of memory" in said and "hard (n = 20): 67.5 % against 0.0 %" in said
+    assert "fails 50.0 % of the full cache" in said  # on easy, which both finished
 
 
 def test_one_sample_tasks_work_and_claim_nothing(tmp_path):
@@ -1055,7 +1091,7 @@ def test_compare_says_how_both_ran(tmp_path, capsys):
         "Model: tiny (revision abc, dtype bfloat16, path models/tiny); tokenizer: the model's; variants: ruler_mini; "
         "query-agnostic; chat template: always. Data seed: 3. Prompts truncated: ruler_mini_vt 25.0 %.",
         "Stacks and budgets: a@0.5 = a(memory=0.5) (50% of the bytes); b@64tokens = b(budget=64) (64 tokens).",
-        "Not compared, as only one of them ran there: qa.", "Left out, failed: b@64tokens on niah: out of memory",
+        "Not compared, as only one of them ran there: qa.", "Failed: b@64tokens on niah: out of memory",
         "A/A floor: two runs of the full cache differ on 5.0 % of 20 samples",
     ):  # fmt: skip
         assert part in said, part

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from functools import partial
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, version
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ pytest.importorskip("accelerate", reason="the adapter needs kvbench[lm-eval]")
 pytest.importorskip("wonderwords", reason="the word list comes with kvbench[bench]")
 
 from lm_eval import simple_evaluate
+from lm_eval.api import registry
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -366,6 +367,22 @@ def test_command_line_errors_are_one_line(folder, monkeypatch):
         SystemExit, match=r"^kvbench: Couldn't reach 'openai/gsm8k' on the Hub \(OfflineModeIsEnabled\)$"
     ):
         main(["--model", "kvbench", "--tasks", "gsm8k"])
+
+
+def test_lm_eval_finds_the_model_by_itself(folder, tmp_path):
+    """Literally `lm_eval --model kvbench`, for the releases of lm-eval that look for plugins."""
+    if "entry_points" not in Path(registry.__file__).read_text():
+        pytest.skip(f"lm-eval {version('lm-eval')} looks for no plugins: its pull request 4013 is not in it")
+    command = [
+        str(Path(sys.executable).with_name("lm_eval")), "--model", "kvbench",
+        "--model_args", 'pretrained=proving,policy="H2O(0.25)|KIVI(2)",dtype=float32',
+        "--tasks", str(folder / "kvbench_choice.yaml"), "--limit", "1", "--output_path", str(tmp_path),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    (results,) = tmp_path.rglob("results_*.json")
+    told = json.loads(results.read_text())["config"]["kvbench"]
+    assert told["policy"] == "H2O(budget=0.25) | KIVI()" and told["kv_bytes_share"] < 1
 
 
 def test_the_entry_point_is_the_model():

@@ -48,10 +48,8 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT / "kvbench" / "assets" / "proving", model_max_length=10**6)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Essays and question files, in the official forms, small and made up."""
-    folder = tmp_path_factory.mktemp("ruler")
+def write_files(folder, parts, questions):
+    """Essays and question files, in the official forms, made up: per article `parts` paragraphs."""
     rng = random.Random(0)
     for name in "ab":
         lines = [f"Line {i} of {name} says {rng.randrange(1000)} and ends here." for i in range(300)]
@@ -62,17 +60,30 @@ def folder(tmp_path_factory):
                 {"question": f"Which town is in {t} part {i}?", "is_impossible": False,
                  "answers": [{"text": f"{t}{i}"}, {"text": f"town {t}{i}"}, {"text": f"{t}{i}"}]},
                 {"question": "Which lake?", "is_impossible": True, "answers": []},
-            ]} for i in range(4)]}
+            ]} for i in range(parts)]}
         for t in ("Ona", "Ubo", "Ila")
     ]  # fmt: skip
     (folder / "dev-v2.0.json").write_text(json.dumps({"version": "v2.0", "data": articles}))
     hotpot = [
         {"question": f"Who is {q}?", "answer": f"sage {q}", "supporting_facts": [[f"T{q}1", 0], [f"T{q}3", 1]],
-         "context": [[f"T{q}{d}", [f"About {q}{d}.", " More."]] for d in range(10)]}
-        for q in range(3)
+         "context": [[f"T{q}{d}", [f"About {q}{d}.", f" More of sage {q}."]] for d in range(10)]}
+        for q in range(questions)
     ]  # fmt: skip
     (folder / "hotpot_dev_distractor_v1.json").write_text(json.dumps(hotpot))
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("ruler"), parts=4, questions=3)
+
+
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory):
+    """Enough documents and words for the longest prompts."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "english_words.json").write_text(json.dumps({str(i): f"word{i}" for i in range(9000)}))
+    return write_files(folder, parts=1500, questions=500)
 
 
 def task(subtask, folder, variant="ruler_mini", length=2048, count=3, **options) -> Ruler:
@@ -214,6 +225,19 @@ def test_largest_fit_needs_few_probes(growth, limit, grid):
     assert tokens(size) <= limit < tokens(size + grid)
     assert len(tried) < 40
     assert largest_fit(lambda size: 21, 20, 5) == 0
+
+
+@pytest.mark.parametrize(
+    "subtask",
+    [s if s in ("vt", "fwe") else pytest.param(s, marks=pytest.mark.slow) for s in SUBTASKS],
+)
+def test_the_longest_length(subtask, tokenizer, large_folder):
+    ruler = task(subtask, large_folder, "ruler", 131072, count=1)
+    (sample,) = ruler.samples(tokenizer)
+    assert 0.93 * 131072 < total(tokenizer, sample) == sample.meta["tokens"] <= 131072
+    held = str if subtask.startswith(("niah", "vt", "qa")) else str.split  # fwe and cwe ask for whole words
+    assert sample.references and all(r in held(sample.context) for r in sample.references)
+    assert ruler.samples(tokenizer) == [sample]
 
 
 def test_too_short_a_length_is_an_error(tokenizer, folder):
@@ -418,7 +442,7 @@ def test_questions_have_their_documents(tokenizer, folder):
 
     for i, sample in enumerate(task("qa_2", folder).samples(tokenizer)):
         assert sample.references == (f"sage {i}",)
-        assert all(f"T{i}{d}\nAbout {i}{d}. More." in sample.context for d in range(10))
+        assert all(f"T{i}{d}\nAbout {i}{d}. More of sage {i}." in sample.context for d in range(10))
         held = {sample.context[a:b].split("\n")[1] for a, b in sample.meta["needle_spans"]}
         assert held == {f"T{i}1", f"T{i}3"}
 

@@ -57,7 +57,7 @@ def _measure(
     scores: names of those that are scores or shares, in [0, 1]
     reads: which cells count; column: what counts as the task of a sample, see `Material.run`
     """
-    cells = {s.index: [c for c in s.cells if reads(c)] for s in material.stacks}
+    cells = {s.index: [c for c in s.scored if reads(c)] for s in material.stacks}
     found: dict[str, dict[int, Interval]] = {}
     for name, value in values.items():
         bounds = (0.0, 1.0) if name in scores else stats.UNBOUNDED
@@ -114,7 +114,7 @@ def _lengths(stacks: Sequence[Stack], material: Material, options: Options) -> l
     def has_length(cell: Cell) -> bool:
         return cell.config.task.kind == "generate" and all(_length(cell, s)[0] >= 0 for s in cell.samples)
 
-    known = {s.index: [c for c in s.cells if has_length(c)] for s in material.stacks}
+    known = {s.index: [c for c in s.scored if has_length(c)] for s in material.stacks}
     runs = [material.run(str(i), own, lambda x: x.score, column) for i, own in known.items() if own]
     wanted = {
         f: dict(sorted(of.items()))
@@ -345,8 +345,9 @@ def _parts(stacks: Sequence[Stack], material: Material, options: Options) -> Tab
 
     def mean_of(kind: str) -> Value:
         def value(sample: Sample) -> float | None:
-            scores = (sample.details or {}).get("turn_scores") or [sample.score]
-            own = [x for x, part in zip(scores, sample.meta["parts"], strict=True) if part == kind]
+            parts = sample.meta["parts"]
+            scores = (sample.details or {}).get("turn_scores") or [sample.score] * len(parts)
+            own = [x for x, part in zip(scores, parts, strict=True) if part == kind]
             return sum(own) / len(own) if own else None
 
         return value

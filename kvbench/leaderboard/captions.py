@@ -103,7 +103,7 @@ def caption(section: Section, material: Material, options: Options) -> list[str]
             f"points, at worst {percent(max(spreads))}."
         )
     lines.append(floor_line(section.floor))
-    return [*lines, _failures(material)]
+    return [*lines, _failures(section, material)]
 
 
 def setup_line(model: Mapping[str, Any], tasks: Sequence[TaskInfo], variants: Sequence[str], query_aware: bool) -> str:
@@ -157,13 +157,15 @@ def _resolution(section: Section, options: Options) -> list[str]:
     ]
 
 
-def _failures(material: Material) -> str:
+def _failures(section: Section, material: Material) -> str:
     count = len(material.left_out)
     if not count:
         return "Failures: none."
+    zeros = sum(len(s.failed) for s in section.stacks)
+    scored = "Where an error stopped a stack that finished other tasks, its samples score 0 and have no bytes"
     return (
-        f"Failures: {count} cell{'' if count == 1 else 's'} failed, infeasible or not comparable, listed under Left "
-        "out; such a stack is not ranked, instead of scoring 0."
+        f"Failures: {count} cell{'' if count == 1 else 's'} failed, infeasible or not comparable, listed under Left out"
+        f"{f'. {scored} ({zeros} here)' if zeros else ''}; a stack without a score on a ranked task is not ranked."
     )
 
 

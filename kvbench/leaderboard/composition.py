@@ -43,10 +43,10 @@ def stacking(section: Section, numbers: Numbers, options: Options) -> list[Table
 
 
 def everywhere(stacks: Sequence[Stack], numbers: Numbers) -> list[Stack]:
-    """Stacks that ran on every sample of the ranked tasks."""
+    """Stacks that ran on every sample of the ranked tasks; a score of 0 after an error says nothing of composition."""
     paired = numbers.paired
     scores = [s for t, s in zip(paired.tasks, paired.scores, strict=True) if t in numbers.drawn.ranked]
-    return [s for s in stacks if not any(np.isnan(x[s.index]).any() for x in scores)]
+    return [s for s in stacks if not s.failed and not any(np.isnan(x[s.index]).any() for x in scores)]
 
 
 def _parts(stack: Stack, stacks: Sequence[Stack]) -> tuple[Stack, Stack] | None:

@@ -1,4 +1,4 @@
-"""What a leaderboard is made of: sections of stacks in budget groups, and the cells that are in no table."""
+"""What a leaderboard is made of: sections of stacks in budget groups, and the cells without scores."""
 
 from __future__ import annotations
 
@@ -88,6 +88,8 @@ class Stack:
     seed_sd: float = math.nan  # of the score between data seeds
     measures: dict[str, Interval] = field(default_factory=dict)  # what else its tasks measure; see `measures`
     missing: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()  # tasks where an error stopped it
+    zeros: list[Cell] = field(default_factory=list)  # these: samples of other stacks with score 0, without bytes
 
     @property
     def delta(self) -> Interval | None:
@@ -109,6 +111,11 @@ class Stack:
     @property
     def n(self) -> int:
         return sum(t.n for t in self.tasks.values())
+
+    @property
+    def scored(self) -> list[Cell]:
+        """All cells whose scores count."""
+        return [*self.cells, *self.zeros]
 
     @property
     def failed_checks(self) -> list[str]:
@@ -237,7 +244,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A cell that is in no table."""
+    """A cell that did not finish or cannot be compared; in no table, unless its samples score 0 there."""
 
     status: str
     section: str

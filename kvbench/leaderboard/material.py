@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ from kvbench.leaderboard.words import natural, query_mode
 from kvbench.results import Cell, Sample, canonical
 
 STRANGE = "its prompts (prompt_sha256) are not those of the other stacks"
+
+NOTHING = {"score": 0.0, "prediction": "", "nll": None, "details": None, "truncated": None, "needle_kept": None}
 
 
 @dataclass
@@ -133,6 +135,10 @@ def find(name: str, stacks: Sequence[Stack]) -> Stack | None:
     return hits[0] if hits else None
 
 
+def _is_full(cell: Cell) -> bool:
+    return cell.config.policy.evict == FULL and cell.config.policy.quant == NONE
+
+
 def _identity(cell: Cell) -> str:
     # Batch size, attention kernel and the like do not make another model: two such runs are an A/A pair.
     return canonical({k: v for k, v in model_of(cell).items() if k in ("name", "path", "dtype", "revision")})
@@ -152,25 +158,48 @@ def _title(cell: Cell) -> str:
 def _sort_section(title: str, cells: list[Cell]) -> Material:
     labels, names = _task_labels(cells), _stack_names(cells)
     usable, strangers = _split_by_prompts([c for c in cells if c.status == "done"])
-    unusable = [(c, c.status, c.reason or "") for c in cells if c.status != "done"]
+    by_stack: dict[str, list[Cell]] = defaultdict(list)
+    for cell in usable:
+        by_stack[canonical(cell.config.policy)].append(cell)
+    zeros = _zeros(cells, usable, by_stack)
+    unusable = [
+        (c, f"{c.status}, scores 0" if c.cell_id in zeros else c.status, c.reason or "")
+        for c in cells
+        if c.status != "done"
+    ]
     left_out = [
         LeftOut(status, title, names[canonical(c.config.policy)][1], labels[task_key(c)], reason)
         for c, status, reason in [*unusable, *((c, "not comparable", STRANGE) for c in strangers)]
     ]
     material = Material(title, usable, labels, left_out)
-    by_stack: dict[str, list[Cell]] = defaultdict(list)
-    for cell in usable:
-        by_stack[canonical(cell.config.policy)].append(cell)
     for index, (policy, own) in enumerate(sorted(by_stack.items())):
         own.sort(key=lambda c: (natural(material.label(c)), data_seed(c), c.config.seed))
         name, key = names[policy]
         config = own[0].config.policy
-        material.stacks.append(Stack(name, key, config.evict, config.quant, config.stack, _group(own[0]), own, index))
-        material.scores.append(material.run(key, own, lambda s: s.score))
+        stack = Stack(name, key, config.evict, config.quant, config.stack, _group(own[0]), own, index)
+        stack.zeros = [c for c in zeros.values() if canonical(c.config.policy) == policy]
+        stack.failed = tuple(sorted({material.label(c) for c in stack.zeros}, key=natural))
+        material.stacks.append(stack)
+        material.scores.append(material.run(key, stack.scored, lambda s: s.score))
         likelihoods = [c for c in own if c.config.task.kind == "nll"]
         if likelihoods:
             material.nlls[index] = material.run(key, likelihoods, lambda s: s.nll, bounds=stats.UNBOUNDED)
     return material
+
+
+def _zeros(cells: Sequence[Cell], usable: Sequence[Cell], finished: Collection[str]) -> dict[str, Cell]:
+    """By their names, the cells that an error stopped, each with the samples that other stacks ran there, scored 0.
+
+    Leaving them out would favour who fails where it is hard. Not the full cache's, as nothing could be compared with
+    it then, nor those of stacks that finished nothing (`finished` has the policies of the others) and so have no bytes.
+    """
+    prompts = {(canonical(c.config.task), c.config.seed): c.samples for c in usable}
+    return {
+        c.cell_id: c.model_copy(update={"samples": [s.model_copy(update=NOTHING) for s in samples]})
+        for c in cells
+        if c.status == "failed" and not c.samples and not _is_full(c) and canonical(c.config.policy) in finished
+        if (samples := prompts.get((canonical(c.config.task), c.config.seed)))
+    }
 
 
 def _task_labels(cells: Sequence[Cell]) -> dict[str, str]:
@@ -216,8 +245,8 @@ def _split_by_prompts(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
     """Cells on the prompts of the full cache (or else of most cells) for the same task and seed, and the others."""
     votes: dict[tuple[str, int, str], Counter[str]] = defaultdict(Counter)
     for cell in cells:
-        task, seed, policy = canonical(cell.config.task), cell.config.seed, cell.config.policy
-        weight = len(cells) if policy.evict == FULL and policy.quant == NONE else 1
+        task, seed = canonical(cell.config.task), cell.config.seed
+        weight = len(cells) if _is_full(cell) else 1
         for s in cell.samples:
             votes[task, seed, s.sample_id][s.prompt_sha256] += weight
     chosen = {key: count.most_common(1)[0][0] for key, count in votes.items()}

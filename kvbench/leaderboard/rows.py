@@ -24,6 +24,8 @@ from kvbench.leaderboard.signal import counted
 from kvbench.results import Cell, Sample, canonical
 from kvbench.stats import Interval
 
+ENDLESS = Interval(math.inf, math.inf, math.inf)  # the perplexity of tokens of probability 0
+
 
 def make_section(material: Material, options: Options) -> Section:
     """Bootstrap the section once and read every number of its rows from that."""
@@ -102,6 +104,8 @@ def _fill(stack: Stack, numbers: Numbers) -> None:
         if n := int(np.sum(~np.isnan(scores[i]))):
             retention = numbers.retention(i, [task]) if task in drawn.ratios else None
             perplexity = numbers.perplexity.get(task, {}).get(i)
+            if task in numbers.perplexity and task in stack.failed:
+                perplexity = ENDLESS
             stack.tasks[task] = TaskScore(numbers.score(i, [task]), retention, perplexity, n)
     # NaN retention: no sample in common with the full cache, which is as good as not having run.
     needed = {t: drawn.ratios[t] for t in drawn.retention_tasks} or {t: drawn.means[t] for t in drawn.ranked}

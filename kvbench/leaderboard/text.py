@@ -99,7 +99,7 @@ def _md_cells(section: Section, stack: Stack) -> list[str]:
 
 
 def to_csv(board: Leaderboard) -> str:
-    """One row per stack with every number in full, then the cells that are in no table."""
+    """One row per stack with every number in full, then the cells without scores."""
     rows = [_csv_row(x, group, s) for x in board.sections for group, stacks in x.groups for s in stacks]
     for x in board.left_out:
         rows.append({"section": x.section, "status": x.status, "reason": x.reason, "stack": x.stack, "task": x.task})
@@ -141,6 +141,7 @@ def _csv_row(section: Section, group: Group, s: Stack) -> dict[str, Any]:
         "frontier_probability": s.frontier,
         "dominated_by": s.dominated_by.key if s.dominated_by else None,
         "seed_sd": s.seed_sd,
+        "failed_tasks": ", ".join(s.failed),
         "failed_checks": " ".join(s.failed_checks),
         "n": s.n,
     }
@@ -246,5 +247,5 @@ def _add_row(table: RichTable, stack: Stack, shown: Iterable[TaskInfo]) -> None:
         percent(stack.delta.estimate if stack.delta else None, sign=True),
         percent(stack.rho),
         *(cell_text(stack.tasks.get(t.label)) for t in shown),
-        Text(plain(", ".join(marks(stack))), style="red" if stack.failed_checks else "dim"),
+        Text(plain(", ".join(marks(stack))), style="red" if stack.failed or stack.failed_checks else "dim"),
     )

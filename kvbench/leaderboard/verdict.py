@@ -98,7 +98,7 @@ def _verdict(material: Material, a: Stack, b: Stack, options: Options) -> str:
             "Fewer than 50 independent samples have graded scores: if few of all prompts differ far more than the "
             "others, such prompts may be missing here, and the interval does not cover them."
         )
-    lines += [_bytes_line(material, (a, b), paired.tasks), *_setup(material, (a, b), paired.tasks, result)]
+    lines += [*_bytes(material, (a, b), paired.tasks), *_setup(material, (a, b), paired.tasks, result)]
     lines.append(floor_line(aa_floor))
     return "\n".join(map(plain, lines))
 
@@ -195,7 +195,7 @@ def _tasks(material: Material, a: Stack, b: Stack, result: stats.Difference) -> 
     kinds = {material.label(c): c.config.task.kind for c in material.cells}
     lines = []
     for task, interval in result.tasks.items():
-        if kinds[task] == "nll":
+        if kinds[task] == "nll" and task not in (*a.failed, *b.failed):
             first, second = (_mean(material.nlls[s.index], task) for s in (a, b))
             values = f"perplexity {math.exp(first):.2f} against {math.exp(second):.2f}; score exp(−NLL)"
         else:
@@ -210,16 +210,19 @@ def _mean(run: stats.Run, task: str) -> float:
     return statistics.fmean(row.score for row in run.tasks[task].values())
 
 
-def _bytes_line(material: Material, stacks: Sequence[Stack], tasks: Sequence[str]) -> str:
-    """Bytes of both on these tasks, as shares of the full cache and per sample."""
+def _bytes(material: Material, stacks: Sequence[Stack], tasks: Sequence[str]) -> list[str]:
+    """Bytes of both on those of these tasks that both finished, as shares of the full cache and per sample."""
+    finished = [t for t in tasks if not any(t in s.failed for s in stacks)]
+    if not finished:
+        return []
     texts = []
     for stack in stacks:
-        shared = [s for c in stack.cells if material.label(c) in tasks for s in c.samples]
+        shared = [s for c in stack.cells if material.label(c) in finished for s in c.samples]
         rho, final, _ = bytes_ratios(shared)
         held = statistics.fmean(s.kv_bytes_prefill_end for s in shared) / 1024
         shares = f"{percent(rho)} % of the full cache after prefill, {percent(final)} % at the end, "
         texts.append(f"{stack.key} {'' if stack.is_full else shares}{held:,.1f} KiB per sample")
-    return f"Bytes: {'; '.join(texts)}."
+    return [f"Bytes: {'; '.join(texts)}."]
 
 
 def _setup(material: Material, stacks: Sequence[Stack], shared: Sequence[str], result: stats.Difference) -> list[str]:
@@ -234,5 +237,5 @@ def _setup(material: Material, stacks: Sequence[Stack], shared: Sequence[str], r
         f"{setup_line(model_of(first), tasks, variants, first.config.query_aware)} {prompts_line(tasks)}",
         f"Stacks and budgets: {'; '.join(given)}.",
         *([f"Not compared, as only one of them ran there: {', '.join(alone)}."] if alone else []),
-        *[f"Left out, {x.status}: {x.stack} on {x.task}: {x.reason}" for x in lost],
+        *[f"{x.status[0].upper()}{x.status[1:]}: {x.stack} on {x.task}: {x.reason}" for x in lost],
     ]

@@ -14,6 +14,8 @@ def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
     """A number for a reader: a true minus, and a dash for what is unknown."""
     if value is None or math.isnan(value):
         return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     text = f"{value:{'+' if sign else ''}.{digits}f}"
     return (text[1:] if text.strip("-+0.") == "" and text[0] in "-+" else text).replace("-", "−")
 
@@ -84,4 +86,6 @@ def marks(stack: Stack) -> list[str]:
         found.append("≈ full")
     if stack.missing:
         found.append("incomplete")
+    if stack.failed:
+        found.append(f"failed: {', '.join(stack.failed)}")
     return found + [f"check failed: {name}" for name in stack.failed_checks]
