@@ -37,12 +37,13 @@ from kvbench.kernels.rotation import rotate
 from kvbench.kernels.scores import column_sums
 from kvbench.ledger import Part, full_nbytes, ledger, report
 from kvbench.policies.full import Full
-from kvbench.policies.interface import KV, Moments, Policy, Probe, Repeat, Selection, Selector, Stack, Step
+from kvbench.policies.interface import KV, Evictor, Moments, Policy, Probe, Repeat, Selection, Selector, Stack, Step
 from kvbench.policies.store import Counts, Held, take_columns
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 NAME = "kvbench"
+RECORDED = ("attention", "queries", "moments", "rope", "tokens")  # what a cache can collect for later forks
 _TAG = "_kvbench_layer"
 _FEW = 16  # queries of one forward that attend to packed slots tile by tile; more pay for decoding a layer at once
 _TILE = 2**20  # elements a thread reads at a time: a plane of 2-bit codes is 1 MiB as float32, and stays in its cache
@@ -118,7 +119,7 @@ class PolicyLayer(CacheLayerMixin):
                 f"this cache holds a batch of {self.kv.keys.shape[0]}, got {key_states.shape[0]}; "
                 "use a new CompressedCache or call reset()"
             )
-        self._pending = (key_states, value_states)
+        self._pending = (_under_autocast(key_states), _under_autocast(value_states))
         self._cache.pending_layer = self
         self.is_initialized = True
         tagged = key_states.view_as(key_states)
@@ -411,7 +412,7 @@ class PolicyLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the newest tokens: -n removes n; n > 0 (older transformers) keeps n. Evicted slots stay gone."""
+        """See `CompressedCache.crop`."""
         if self.kv is None:
             return
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns_seen - tokens_to_remove)
@@ -428,6 +429,7 @@ class PolicyLayer(CacheLayerMixin):
         kv = self.kv.gather(index)
         columns = {k: v for k, v in kv.columns.items() if k != "position"} if untouched else kv.columns
         self.kv = KV(kv.keys, kv.values, columns)
+        self.read = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -446,6 +448,10 @@ class PolicyLayer(CacheLayerMixin):
         self.new = None if self.new is None else self.new[rows]
         if self.queries is not None and self.query_valid is not None:
             self.queries, self.query_valid = self.queries[rows], self.query_valid[rows]
+        if self.moments is not None:
+            count, total, outer = self.moments
+            self.moments = count[rows], total[rows], outer[rows]
+        self.read = None if self.read is None else self.read[rows]
 
 
 class SharingLayer(PolicyLayer):
@@ -524,10 +530,13 @@ class SharingLayer(PolicyLayer):
             yield "read", self.read
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Nothing to do: the source has done it."""
+        """The source has done it."""
+        self.read = None
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Nothing to do: the source has done it."""
+        """The source has done it."""
+        if self.read is not None:
+            self.read = self.read[indices.to(self.read.device)]
 
 
 class CompressedCache(Cache):
@@ -564,9 +573,13 @@ class CompressedCache(Cache):
             raise TypeError(f"policy must be a kvbench policy such as H2O(budget=0.25) | KIVI(bits=2), got {policy!r}")
         plan = _layer_plan(model)
         self.policy = Stack((policy,))
-        self.policy.check(_head_dim(model))
+        for i, (_, layer) in enumerate(plan):
+            if not layer.is_sliding:
+                self.policy.check(_head_dim(model, i))
         self.needs = dict(self.policy.needs)
         for name, amount in (needs or {}).items():
+            if name not in RECORDED:
+                raise ValueError(f"needs: there is no signal {name!r} to collect; there are: {', '.join(RECORDED)}")
             self.needs[name] = max(amount, self.needs.get(name, 0))
         self.query_width = max(self.needs.get("queries", 0), self.needs.get("window", 0))
         self.records = bool(needs)
@@ -590,7 +603,7 @@ class CompressedCache(Cache):
             model.set_attn_implementation(NAME)
         self.turns = self.policy.in_cache_positions or bool({"moments", "rope"} & set(self.needs))
         if self.turns:
-            self._rotary = _rotary_frequencies(model, {t for t, layer in plan if not layer.is_sliding})
+            self._rotary = _rotary_frequencies(model, {t: i for i, (t, x) in enumerate(plan) if not x.is_sliding})
         self._layer_types = [t for t, _ in plan]
         compressed = [i for i, (_, layer) in enumerate(plan) if not layer.is_sliding]
         orders = {index: order for order, index in enumerate(compressed)}
@@ -605,6 +618,11 @@ class CompressedCache(Cache):
         self._forget()
         self.notes = self.waits or bool({"tokens", "sentence"} & set(self.needs))
         if self.notes:
+            if model.get_output_embeddings() is None:
+                raise ValueError(
+                    f"{self.policy} needs to see what the model says next, but {type(model).__name__} has no "
+                    "language-model head"
+                )
             _watch(model, self)
 
     def _forget(self) -> None:
@@ -628,10 +646,12 @@ class CompressedCache(Cache):
 
     def row_nbytes(self) -> Tensor:
         """[B] int64: bytes each batch row would hold alone in the full-attention layers, without spare capacity."""
+        self._check_filled()
         return torch.stack([layer.kv.row_nbytes().cpu() for layer in self.holders()]).sum(0)
 
     def row_read_nbytes(self) -> Tensor:
         """[B] int64: bytes of keys, values and selection metadata that the last forward read of each row."""
+        self._check_filled()
         return torch.stack([layer.row_read_nbytes().cpu() for layer in self.policy_layers()]).sum(0)
 
     def ledger(self) -> list[Part]:
@@ -646,10 +666,13 @@ class CompressedCache(Cache):
         held = self.layers[layer]
         if not isinstance(held, PolicyLayer):
             raise ValueError(f"layer {layer} is a sliding-window layer, which kvbench leaves alone")
-        if held.kv is None:
-            raise ValueError("the cache is empty: run a forward or generate first")
+        self._check_filled()
         batch, heads, _, _ = held.kv.keys.shape
         return held.kv.position.expand(batch, heads, -1).to(torch.int64)
+
+    def _check_filled(self) -> None:
+        if any(layer.kv is None for layer in self.policy_layers()):
+            raise ValueError("the cache is empty: run a forward or generate first")
 
     def report(self) -> str:
         """A table: layer, tokens seen, slots kept, bits per element, bytes, ratio to the 16-bit full cache."""
@@ -694,8 +717,7 @@ class CompressedCache(Cache):
         What the new policy needs must have been collected (`needs` of the constructor); the fork goes on collecting
         its own `needs` from here. Layers share in the fork as they do here, whether `policy` says so again or not.
         """
-        if any(layer.kv is None for layer in self.policy_layers()):
-            raise ValueError("the cache is empty: run a forward or generate first")
+        self._check_filled()
         other = CompressedCache(self.model, policy, tokenizer=self.tokenizer, needs=needs)
         missing = [k for k, v in signals([policy]).items() if self.needs.get(k, 0) < v]
         if missing:
@@ -731,6 +753,9 @@ class CompressedCache(Cache):
                 other.layers[i] = layer.copy(other)
         return other
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
+        return self.copy()  # of the cache, not of the model it knows
+
     def _note_into(self, other: CompressedCache) -> None:
         """What a cache of the same tokens shares with this one, besides the layers that a policy compresses."""
         other.sources = self.sources
@@ -765,6 +790,19 @@ class CompressedCache(Cache):
         self._forget()
 
     def crop(self, max_length: int) -> None:
+        """Forgets the newest tokens: -n removes n; n > 0 (older transformers) keeps n.
+
+        Raises ValueError where that cannot be undone: what was evicted for these tokens, or their part in what was
+        collected, does not come back. So assisted decoding and prompt lookup work with quantizers and selectors only.
+        """
+        seen = self.get_seq_length()
+        removed = min(seen, -max_length) if max_length <= 0 else max(0, seen - max_length)
+        collects = {"attention", "queries", "window", "moments"} & set(self.needs)
+        if removed and (collects or any(isinstance(p, Evictor) for p in self.policy.policies)):
+            raise ValueError(
+                f"{self.policy}: tokens cannot be taken back (crop, assisted decoding, prompt lookup), as what was "
+                "evicted or collected for them stays so; keep a copy() of the cache from before them"
+            )
         super().crop(max_length)
         if self.token_ids is not None and self.mask is not None:
             seen = self.policy_layers()[0]
@@ -821,7 +859,8 @@ class CompressedCache(Cache):
         layer = self.policy_layers()[0]
         prompted = bool((layer.prompt == layer.seen).all())  # else: one token was decoded, and compressed on the way
         if self.waits and prompted and not self.is_deferred:
-            self.compress()
+            with torch.autocast(logits.device.type, enabled=False):
+                self.compress()
 
     def _number_sentences(self) -> None:
         assert self.token_ids is not None and self.tokenizer is not None
@@ -868,15 +907,32 @@ class CompressedCache(Cache):
         if mask is None:
             return None
         if self._mask[0] is not mask:
-            row = mask[:, 0, -1, -tokens:]
-            valid = row if row.dtype == torch.bool else row >= 0
+            visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
+            valid = visible[:, -1, -tokens:]
             if bool((valid.any(1) & ~valid[:, -1]).any()):
                 raise ValueError('batches must be left-padded: set tokenizer.padding_side = "left"')
+            if mask.shape[2] > 1 and not self._is_causal(visible, valid):
+                raise ValueError(
+                    "a kvbench cache attends causally, but this attention mask (4D, packed sequences, image tokens "
+                    "that see each other) says otherwise: give a 2D attention_mask of left-padded rows"
+                )
             self._mask = (mask, None if bool(valid.all()) else valid)
         real = self._mask[1]
         if layer == self.policy_layers()[-1].index:
             self._mask = (None, None)  # not kept alive between forwards
         return real
+
+    def _is_causal(self, visible: Tensor, valid: Tensor) -> bool:
+        """Whether visible [B, T, columns] is a causal mask over new tokens, of which valid [B, T] are real."""
+        tokens = valid.shape[1]
+        past, new = visible[..., :-tokens], visible[..., -tokens:]
+        wanted = valid[:, None] & torch.ones(tokens, tokens, dtype=torch.bool, device=valid.device).tril()
+        right = (new == wanted).all(-1)
+        if past.shape[-1]:  # all that was seen, if columns of earlier tokens are there at all
+            seen = self.policy_layers()[0].seen
+            right &= past.sum(-1) == (0 if seen is None else seen[:, None])
+        blank = (visible == visible[..., :1]).all(-1)  # a pad's query sees nothing, or (to avoid nan) everything
+        return bool(torch.where(valid, right, blank).all())
 
     def in_cache_shift(self, kv: KV, seen: Tensor) -> Tensor | None:
         """By how many positions to turn keys so that they are consecutive and end at the newest token: [B, H, S]."""
@@ -940,7 +996,9 @@ def _attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: PolicyLayer | None = getattr(key, _TAG, None)
     if layer is not None:
-        out = layer.attend(module, query, attention_mask, scaling=scaling, softcap=softcap, sinks=s_aux)
+        query = _under_autocast(query)
+        with torch.autocast(query.device.type, enabled=False):  # what follows chooses its own number formats
+            out = layer.attend(module, query, attention_mask, scaling=scaling, softcap=softcap, sinks=s_aux)
         return out.transpose(1, 2).contiguous(), None
     # Any other cache, no cache, or a layer left alone.
     if attention_mask is not None and attention_mask.shape[-2] < query.shape[-2]:
@@ -951,6 +1009,12 @@ def _attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     return _attend_masked(query, key, value, attention_mask, scaling, softcap, s_aux), None
+
+
+def _under_autocast(x: Tensor) -> Tensor:
+    """`x` as attention would get it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _attend_masked(
@@ -1024,16 +1088,20 @@ def _watch(model: PreTrainedModel, cache: CompressedCache) -> None:
     """Tells `cache` of the forwards that feed it, as long as it lives."""
     watched = weakref.ref(cache)
 
+    names = list(inspect.signature(model.forward).parameters)
+
     @_uncompiled
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        fed = watched()
-        if fed is not None and _is_fed(fed, kwargs):
-            fed.before_forward(args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask"))
+        given, fed = dict(zip(names, args, strict=False)) | kwargs, watched()
+        if fed is not None and given.get("past_key_values") is fed:
+            fed.before_forward(given.get("input_ids"), given.get("attention_mask"))
 
     @_uncompiled
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        fed = watched()
-        if fed is not None and _is_fed(fed, kwargs):
+        given, fed = dict(zip(names, args, strict=False)) | kwargs, watched()
+        if fed is not None and given.get("past_key_values") is fed:
+            if not hasattr(output, "logits"):
+                raise ValueError(f"{fed.policy} needs to see the logits: leave return_dict=False out")
             fed.after_forward(output.logits)
 
     for handle in (
@@ -1041,10 +1109,6 @@ def _watch(model: PreTrainedModel, cache: CompressedCache) -> None:
         model.register_forward_hook(after, with_kwargs=True),
     ):
         weakref.finalize(cache, handle.remove)
-
-
-def _is_fed(cache: CompressedCache, kwargs: dict[str, Any]) -> bool:
-    return kwargs.get("past_key_values") is cache
 
 
 @lru_cache(maxsize=4)
@@ -1077,8 +1141,8 @@ def _layer_plan(model: PreTrainedModel) -> list[tuple[str, Any]]:
     for i, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ValueError(
-                f"{name}: layer {i} is cached by {type(layer).__name__}; "
-                "only attention layers with keys and values can be hooked"
+                f"{name}: layer {i} is cached by {type(layer).__name__}; only attention layers with keys and values of "
+                "their own can be hooked"
             )
     if all(layer.is_sliding for layer in layers):
         raise ValueError(
@@ -1088,31 +1152,35 @@ def _layer_plan(model: PreTrainedModel) -> list[tuple[str, Any]]:
     return list(zip(types, layers, strict=True))
 
 
-def _head_dim(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config(decoder=True)
+def _head_dim(model: PreTrainedModel, layer: int) -> int:
+    config = model.config.get_text_config(decoder=True).per_layer_config[layer]
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _rotary_frequencies(model: PreTrainedModel, layer_types: set[str]) -> dict[str, Tensor]:
-    """Inverse RoPE frequencies [R/2] per layer type, proven on the model's own rotary code."""
+def _rotary_frequencies(model: PreTrainedModel, layers: Mapping[str, int]) -> dict[str, Tensor]:
+    """Inverse RoPE frequencies [R/2] per layer type, of which `layers` names one; proven on the model's own code."""
     rotary: Any = next(
         (m for m in model.modules() if hasattr(m, "inv_freq") or hasattr(m, "full_attention_inv_freq")), None
     )
     apply = getattr(sys.modules[type(rotary).__module__], "apply_rotary_pos_emb", None) if rotary is not None else None
     if rotary is None or apply is None:
         raise ValueError(f'{type(model).__name__} has no RoPE that kvbench can turn; use positions="original"')
+    pairs = "k" in inspect.signature(apply).parameters  # most models turn queries and keys in one call
     found = {}
-    for layer_type in layer_types:
+    for layer_type, layer in layers.items():
         frequency = getattr(rotary, f"{layer_type}_inv_freq", None)
         frequency = (rotary.inv_freq if frequency is None else frequency).float()
         extra = {"layer_type": layer_type} if "layer_type" in inspect.signature(rotary.forward).parameters else {}
-        probe = torch.randn(1, 1, 1, _head_dim(model), device=frequency.device)
+        probe = torch.randn(1, 1, 1, _head_dim(model, layer), device=frequency.device)
         turned = []
         for position in (3, 20):
             cos, sin = rotary(probe, torch.tensor([[position]], device=frequency.device), **extra)
-            turned.append(apply(probe, probe, cos, sin)[0])
+            try:
+                turned.append(apply(probe, probe, cos, sin)[0] if pairs else apply(probe, cos, sin))
+            except (RuntimeError, TypeError):  # it gets a part of the head only, or is called otherwise
+                break
         shift = torch.full((1, 1, 1), 17, device=frequency.device)
-        if not torch.allclose(rotate(turned[0], shift, frequency), turned[1], atol=1e-4):
+        if len(turned) < 2 or not torch.allclose(rotate(turned[0], shift, frequency), turned[1], atol=1e-4):
             raise ValueError(
                 f'the RoPE of {type(model).__name__} cannot be turned after the fact; use positions="original"'
             )

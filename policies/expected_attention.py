@@ -74,7 +74,7 @@ class ExpectedAttention(Evictor):
         cos, sin = self._average_rotation(step.seen, step.inverse_frequency)  # [B, R/2]
         batch, heads = kv.counts.shape
         group = step.moments.mean.shape[1] // heads
-        keys = kv.keys.dense().float() * step.scaling
+        keys = kv.keys.dense().float() * step.scale(kv)
         mean = _rotate(step.moments.mean.float(), cos[:, None], sin[:, None]).unflatten(1, (heads, group))
         outside = kv.position < self.sinks  # also the dead
         expected = torch.zeros(batch, heads, keys.shape[2], device=keys.device)

@@ -58,7 +58,7 @@ class H2OOracle(Selector):
         recent = recent_slots(self.recent, slots).clamp(min=1)
         total = column_sums(
             queries, kv.keys.dense(), position, kv.position,
-            scaling=step.scaling, softcap=step.softcap, sinks=step.sinks,
+            scaling=step.scale(kv), softcap=step.softcap, sinks=step.sinks,
         )  # fmt: skip
         heavy = chosen(*select(total, kv, slots - recent)[:1], kv.counts.width)
         return Selection(heavy | fits[..., None], recent[:, 0])

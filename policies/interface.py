@@ -47,7 +47,8 @@ class KV:
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor) -> KV:
-        """keys, values [B, H, S, D]; slot s holds token s."""
+        """keys, values [B, H, S, D]; slot s holds token s. Raises ValueError for other shapes."""
+        _check_shapes(keys, values)
         return cls(Held.dense_from(keys), Held.dense_from(values))
 
     @property
@@ -160,6 +161,14 @@ class KV:
         return total
 
 
+def _check_shapes(keys: Tensor, values: Tensor) -> None:
+    if keys.shape[:3] != values.shape[:3] or keys.dim() != 4 or values.dim() != 4:
+        raise ValueError(
+            f"keys and values must be [batch, kv_heads, tokens, head_dim], "
+            f"got {list(keys.shape)} and {list(values.shape)}"
+        )
+
+
 @dataclass(frozen=True)
 class Probe:
     """Queries of tokens that never join the cache: a draft of the answer, or learned soft tokens, after the prompt.
@@ -222,9 +231,10 @@ class Step:
     new: [B] int64 real tokens since the policy last ran (None: all that were seen).
     order, layers: this is number `order` of the `layers` layers that the policy compresses (`layer`: of all layers).
     queries: [B, Hq, w, D] the last w queries after RoPE (None unless `needs["queries"]` or `needs["window"]`), of which
-    `query_valid` [B, w] are real. scaling, softcap, sinks [Hq]: the layer's attention, so that scores use the model's
-    own. moments, probe: see `Policy.needs`. inverse_frequency [R/2]: of the RoPE, which turns the first R dims in
-    halves (supplied with moments, and for `needs["rope"]`). stack: the stack being applied; at: which policy of it.
+    `query_valid` [B, w] are real. scaling (None: head_dim ** -0.5; read it through `scale`), softcap, sinks [Hq]: the
+    layer's attention, so that scores use the model's own. moments, probe: see `Policy.needs`. inverse_frequency [R/2]:
+    of the RoPE, which turns the first R dims in halves (supplied with moments, and for `needs["rope"]`). stack: the
+    stack being applied; at: which policy of it.
     """
 
     layer: int
@@ -236,7 +246,7 @@ class Step:
     layers: int = 1
     queries: Tensor | None = None
     query_valid: Tensor | None = None
-    scaling: float = 1.0
+    scaling: float | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
     moments: Moments | None = None
@@ -255,6 +265,10 @@ class Step:
         """Numbers (`order`) of the layers that hold slots of their own; see `Policy.sources`."""
         shared = Stack(self.stack).sources(self.layers)
         return [order for order in range(self.layers) if order not in shared]
+
+    def scale(self, kv: KV) -> float:
+        """By what the layer multiplies the products of queries and keys."""
+        return kv.keys.shape[-1] ** -0.5 if self.scaling is None else self.scaling
 
     def is_new(self, kv: KV) -> Tensor:
         """[B, H or 1, S] bool: slots whose tokens came since the policy last ran."""
@@ -284,7 +298,7 @@ class Step:
         """As `attention`, of any queries [B, Hq, w, D] at position [B, w], of which valid [B, w] are real."""
         weights = probabilities(
             queries, kv.keys.dense(), position, kv.position,
-            scaling=self.scaling, softcap=self.softcap, sinks=self.sinks,
+            scaling=self.scale(kv), softcap=self.softcap, sinks=self.sinks,
         )  # fmt: skip
         return weights if valid is None else weights * valid[:, None, :, None]
 
@@ -292,7 +306,7 @@ class Step:
         """`attention_of` summed over queries, and the mean of a group's heads: [B, H, S] float32. Keeps no rows."""
         sums = column_sums(
             queries, kv.keys.dense(), position, kv.position, query_valid=valid,
-            scaling=self.scaling, softcap=self.softcap, sinks=self.sinks,
+            scaling=self.scale(kv), softcap=self.softcap, sinks=self.sinks,
         )  # fmt: skip
         return sums / (queries.shape[1] // sums.shape[1])
 
@@ -308,9 +322,13 @@ class Step:
         weights = probabilities(
             probe.queries, torch.cat([kv.keys.dense(), probe.keys], 2), probe.position,
             torch.cat([kv.position.expand(-1, heads, -1), own], 2),
-            scaling=self.scaling, softcap=self.softcap, sinks=self.sinks,
+            scaling=self.scale(kv), softcap=self.softcap, sinks=self.sinks,
         )  # fmt: skip
         return weights[..., : kv.counts.width] * probe.valid[:, None, :, None]
+
+
+SIGNALS = ("attention", "queries", "window", "moments", "rope", "probe", "sentence", "all_layers")
+"""What a policy may need; see `Policy.needs`."""
 
 
 class Policy(ABC):
@@ -395,6 +413,8 @@ class Stack(Policy):
         needs: dict[str, Any] = {}
         for policy in self.policies:
             for name, amount in policy.needs.items():
+                if name not in SIGNALS:
+                    raise ValueError(f"{policy} needs {name!r}, which no host knows; there are: {', '.join(SIGNALS)}")
                 if name == "probe" and needs.get(name, amount) != amount:
                     raise ValueError(f"{self} asks for two different probes; stack at most one policy that needs one")
                 needs[name] = amount if name == "probe" else max(amount, needs.get(name, 0))
@@ -420,6 +440,8 @@ class Stack(Policy):
         return found[0] if found else {}
 
     def check(self, head_dim: int) -> None:
+        if sum(isinstance(p, Selector) for p in self.policies) > 1:
+            raise ValueError(f"{self}: stack at most one policy that selects what is read")
         for policy in self.policies:
             policy.check(head_dim)
 
@@ -743,9 +765,14 @@ class Selector(Budgeted):
 def select(score: Tensor, kv: KV, slots: Tensor, protected: Tensor | None = None) -> tuple[Tensor, Counts]:
     """The one selection: `protected` slots, then the highest scores, ties to the most recent.
 
-    score [B, H or 1, S]; slots [B, 1] or [B, H]; -> indices [B, H or 1, K] ascending, -1 after the last.
+    score [B, H or 1, S]; slots [B, 1] or [B, H]; -> indices [B, H or 1, K] ascending, -1 after the last. Raises
+    ValueError for scores of another shape, which could be taken for other rows' or heads'.
     """
     batch, heads, width, _ = kv.keys.shape
+    if score.shape not in ((batch, heads, width), (batch, 1, width)):
+        raise ValueError(
+            f"a score must be [batch={batch}, kv_heads={heads} or 1, slots={width}], got {list(score.shape)}"
+        )
     live = kv.position >= 0
     score = score.float().clamp(min=torch.finfo(torch.float32).min)  # -inf is what dead columns get
     if protected is not None:
@@ -830,11 +857,7 @@ class Quantizer(Policy):
 
         step: only for formats that depend on the layer (artifacts, RoPE frequencies).
         """
-        if keys.shape[:3] != values.shape[:3] or keys.dim() != 4:
-            raise ValueError(
-                f"keys and values must be [batch, kv_heads, tokens, head_dim], "
-                f"got {list(keys.shape)} and {list(values.shape)}"
-            )
+        _check_shapes(keys, values)
         seen = torch.full((keys.shape[0],), keys.shape[2], device=keys.device)
         kv = self(KV.of(keys, values), Step(layer=0, prompt=seen, seen=seen) if step is None else step)
         bounds.settle(keys.device)

@@ -86,7 +86,7 @@ class RKV(Evictor):
         queries, _, _ = step.last_queries(self.window)
         heads, width = kv.keys.shape[1], queries.shape[2]
         grouped = queries.float().unflatten(1, (heads, -1)).flatten(2, 3)  # [B, H, G*w, D]
-        logits = grouped @ kv.keys.dense().float().transpose(-1, -2) * step.scaling
+        logits = grouped @ kv.keys.dense().float().transpose(-1, -2) * step.scale(kv)
         if step.softcap is not None:
             logits = step.softcap * torch.tanh(logits / step.softcap)
         outside = kv.from_newest <= self.window  # the window, and dead columns

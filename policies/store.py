@@ -165,7 +165,7 @@ def append_columns(
     if counts.total == 0 and valid is None:
         return owned(new), grown
     # Room past the longest list is this holder's own; room beside a shorter list may be shared: not written to.
-    if grown.width > padded.shape[2] or padded.shape[2] == counts.width:
+    if grown.width > padded.shape[2] or padded.shape[2] == counts.width or _is_fixed(padded):
         capacity = grown.width + _spare(grown.width) if spare and counts.total else grown.width
         room = new.new_zeros((batch, heads, capacity, *new.shape[3:]))
         room[:, :, : counts.width] = padded[:, :, : counts.width]
@@ -178,6 +178,11 @@ def append_columns(
     row, head, token = real[:, None].expand(batch, heads, tokens).nonzero(as_tuple=True)
     padded[row, head, target[row, head, token]] = new[row, head, token]
     return padded, grown
+
+
+def _is_fixed(x: Tensor) -> bool:
+    """Whether autograd may still read what stands in `x`, or PyTorch forbids writing to it: made in inference mode."""
+    return x.requires_grad or (x.is_inference() and not torch.is_inference_mode_enabled())
 
 
 def _spare(slots: int) -> int:
@@ -438,7 +443,7 @@ class Packed:
         at = None if self.codec.first is None else at
         if at is not None and self.at is None and not torch.equal(at.long(), _after(new, start, self.codec)):
             opened = replace(self, at=_after(self.roomy.counts, 0, self.codec).int())
-        if tokens > self.spare:
+        if tokens > self.spare or any(map(_is_fixed, self.rows.values())):
             opened = opened._with_spare(tokens)
         parts = {name: opened._by_list(x)[:, start:stop] for name, x in opened.rows.items()}
         if opened.at is not None and at is not None:
@@ -458,7 +463,7 @@ class Packed:
     def _with_spare(self, tokens: int) -> Packed:
         """With spare rows for so many tokens of every list, and then some, in whole groups."""
         size, lists = self.codec.group, self.counts.shape[0] * self.counts.shape[1]
-        more = tokens - self.spare + -(-_spare(self.counts.width + tokens) // size) * size
+        more = max(tokens - self.spare, 0) + -(-_spare(self.counts.width + tokens) // size) * size
 
         def grown(x: Tensor, lists: int, more: int) -> Tensor:
             old = x.unflatten(0, (lists, len(x) // lists))

@@ -36,6 +36,29 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {}),
     "phi3-partial": ("phi3", {"partial_rotary_factor": 0.5}),
     "olmo2": ("olmo2", {}),
+    "gemma3n": (
+        "gemma3n_text",
+        {
+            **MIXED,
+            "num_kv_shared_layers": 0,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 8,
+            "intermediate_size": [64, 64],
+            "activation_sparsity_pattern": [0.0, 0.0],
+            "altup_num_inputs": 2,
+        },
+    ),
+    "gemma4": (
+        "gemma4_text",
+        {
+            **MIXED,
+            "global_head_dim": 64,
+            "num_kv_shared_layers": 0,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 16,
+        },
+    ),
     "gpt-oss": ("gpt_oss", {**MIXED, "num_local_experts": 2, "num_experts_per_tok": 1}),
 }
 
@@ -164,6 +187,11 @@ def assert_true_positions(cache: CompressedCache, model: PreTrainedModel, tokens
 @pytest.fixture
 def do() -> SimpleNamespace:
     """The helpers above."""
+
+    def can_crop(cache: CompressedCache) -> bool:
+        return "attention" not in cache.needs and not any(isinstance(p, Evictor) for p in cache.policy.policies)
+
     return SimpleNamespace(
-        left_padded=left_padded, greedy=greedy, feed=feed, kept=kept, assert_true_positions=assert_true_positions
-    )
+        left_padded=left_padded, greedy=greedy, feed=feed, kept=kept, assert_true_positions=assert_true_positions,
+        can_crop=can_crop,
+    )  # fmt: skip

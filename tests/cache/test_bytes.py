@@ -74,8 +74,9 @@ def test_every_reachable_byte_is_counted(policy, lengths, tiny, do) -> None:
     assert_report(cache)
     cache.reorder_cache(torch.zeros(len(ids), dtype=torch.long))
     assert cache.nbytes == reachable(cache)
-    cache.crop(-4)
-    assert cache.nbytes == reachable(cache)
+    if do.can_crop(cache):
+        cache.crop(-4)
+        assert cache.nbytes == reachable(cache)
     cache.reset()
     gc.collect()
     assert cache.nbytes == reachable(cache) == 0

@@ -1,11 +1,13 @@
 """What cannot work says so in one line, before it gives a wrong answer."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from kvbench import CompressedCache
-from kvbench.policies import FP8, H2O, KIVI, NVFP4, Full, SnapKV, StreamingLLM
+from kvbench.policies import FP8, H2O, KIVI, LAQ, NVFP4, Full, H2OMask, KeyDiff, Quest, SnapKV, StreamingLLM
 
 
 @pytest.mark.parametrize("hooked", [False, True])
@@ -50,6 +52,49 @@ def test_right_padding(family, tiny, do) -> None:
         do.feed(model, CompressedCache(model, H2O(8)), ids, mask.flip(1))
     with pytest.raises(ValueError, match="batches must be left-padded"):
         do.greedy(model, CompressedCache(model), ids, mask.flip(1))
+
+
+def causal(ids, mask) -> torch.Tensor:
+    """[B, 1, T, T] bool, as the 2D mask would be."""
+    tokens = ids.shape[1]
+    return (torch.ones(tokens, tokens, dtype=torch.bool).tril() & mask.bool()[:, None])[:, None]
+
+
+@pytest.mark.parametrize("number", [torch.bool, torch.float32], ids=["bool", "additive"])
+def test_a_4d_mask_is_causal_or_refused(number, tiny, do) -> None:
+    model = tiny()
+    ids, mask = do.left_padded(20, 13)
+    whole = causal(ids, mask)
+
+    def feed(visible, cache=None, tokens=ids):
+        if number != torch.bool:
+            visible = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+        cache = CompressedCache(model) if cache is None else cache
+        position = (mask.cumsum(1) - 1).clamp(min=0) if tokens is ids else mask.sum(1, keepdim=True) + torch.arange(3)
+        return model(tokens, attention_mask=visible, position_ids=position, past_key_values=cache).logits
+
+    cache = CompressedCache(model)
+    torch.testing.assert_close(feed(whole, cache)[:, -1], do.feed(model, CompressedCache(model), ids, mask)[:, -1])
+    packed, prefix = whole.clone(), whole.clone()
+    packed[:, :, 15:, :15] = False  # two documents in a row
+    prefix[:, :, 13:17, 13:17] = True  # a part that sees all of itself, as an image does
+    for other in (packed, prefix):
+        with pytest.raises(ValueError, match="attends causally, but this attention mask .* says otherwise"):
+            feed(other)
+
+    more = torch.cat([mask.bool()[:, None, None].expand(-1, 1, 3, -1), causal(ids[:, :3], mask[:, -3:])], -1)
+    tree = more.clone()
+    tree[:, :, 2, 21] = False  # the third token does not see the second
+    with pytest.raises(ValueError, match="attends causally"):
+        feed(tree, cache.copy(), ids[:, :3])
+    less = more.clone()
+    less[:, :, :, 15] = False  # a held token is not seen
+    with pytest.raises(ValueError, match="attends causally"):
+        feed(less, cache.copy(), ids[:, :3])
+    never = CompressedCache(model)
+    do.feed(model, never, ids, mask)
+    wanted = do.feed(model, never, ids[:, :3], torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], 1))
+    torch.testing.assert_close(feed(more, cache, ids[:, :3]), wanted)
 
 
 def test_empty_prompt(tiny) -> None:
@@ -108,7 +153,43 @@ def test_asking_too_early(tiny) -> None:
         cache.kept(0)
     with pytest.raises(ValueError, match="the cache is empty: run a forward or generate first"):
         cache.fork(H2O(8))
+    for measure in (cache.row_nbytes, cache.row_read_nbytes):
+        with pytest.raises(ValueError, match="the cache is empty: run a forward or generate first"):
+            measure()
     assert cache.full_nbytes == 0 and "total" in cache.report()
+
+
+def test_unknown_signals(tiny) -> None:
+    @dataclass(frozen=True)
+    class Typo(KeyDiff):
+        @property
+        def needs(self):
+            return {"querys": 8}
+
+    with pytest.raises(
+        ValueError, match=r"Typo\(budget=8\) needs 'querys', which no host knows; there are: attention, "
+    ):
+        CompressedCache(tiny(), Typo(8))
+    with pytest.raises(ValueError, match="there is no signal 'querys' to collect; there are: attention, queries, "):
+        CompressedCache(tiny(), needs={"querys": 8})
+
+
+def test_two_selectors(tiny) -> None:
+    with pytest.raises(ValueError, match="stack at most one policy that selects what is read"):
+        CompressedCache(tiny(), Quest(24, page=8) | H2OMask(12))
+
+
+def test_policies_that_read_what_the_model_says(tiny, do) -> None:
+    model, policy = tiny(), LAQ(12, draft_window=4)
+    ids, _ = do.left_padded(20)
+    with pytest.raises(ValueError, match="LlamaModel has no language-model head"):
+        CompressedCache(model.model, policy)
+    with pytest.raises(ValueError, match="leave return_dict=False out"):
+        model(ids, return_dict=False, past_key_values=CompressedCache(model, policy))
+    named, placed = CompressedCache(model, policy), CompressedCache(model, policy)
+    model(ids, past_key_values=named)
+    model(ids, None, None, placed)
+    assert do.kept(placed) == do.kept(named) and named.kept(0).shape[2] == 12
 
 
 def test_fork_without_signals(tiny, do) -> None:
@@ -127,3 +208,6 @@ def test_rope_that_cannot_be_turned(tiny) -> None:
     del model.gpt_neox.rotary_emb
     with pytest.raises(ValueError, match=r'has no RoPE that kvbench can turn; use positions="original"'):
         CompressedCache(model, StreamingLLM(8))
+    phi = tiny("phi", hidden_size=64, intermediate_size=64, partial_rotary_factor=0.5)
+    with pytest.raises(ValueError, match=r'PhiForCausalLM cannot be turned after the fact; use positions="original"'):
+        CompressedCache(phi, StreamingLLM(8))

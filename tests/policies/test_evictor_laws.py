@@ -525,6 +525,32 @@ def test_selection_is_protected_then_highest_then_newest(case):
         assert counts.per_head[b, 0] == len(expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 8), (2, 4, 8), (1, 2, 8), (2, 2, 7)], ids=str)
+def test_scores_of_another_shape_are_refused(shape):
+    """[B, S] would broadcast: with as many heads as rows, a row's scores would be taken for a head's."""
+    x = torch.zeros(2, 2, 8, 4)
+    with pytest.raises(ValueError, match=r"a score must be \[batch=2, kv_heads=2 or 1, slots=8\], got "):
+        select(torch.zeros(shape), KV.of(x, x), torch.full((2, 1), 3))
+
+
+def test_keys_and_values_of_unlike_shapes_are_refused():
+    x = torch.zeros(1, 2, 8, 4)
+    for keys, values in ((x, x[:, :, :6]), (x[0], x[0]), (x, x[0])):
+        with pytest.raises(ValueError, match=r"must be \[batch, kv_heads, tokens, head_dim\], got"):
+            KV.of(keys, values)
+
+
+def test_attention_is_scaled_as_models_do_unless_told():
+    torch.manual_seed(0)
+    keys, values, queries = torch.randn(3, 1, 8, 512, 128)
+    seen, kv = torch.tensor([512]), KV.of(keys, values)
+    kept = [
+        SnapKV(64, window=16)(kv, Step(0, seen, seen, queries=queries[:, :, -16:], scaling=scaling)).position
+        for scaling in (None, 128**-0.5, 1.0)
+    ]
+    assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[2])
+
+
 # -- budgets ---------------------------------------------------------------------------------------------------------
 
 

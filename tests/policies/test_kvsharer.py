@@ -395,7 +395,7 @@ def test_rows_move_once(policy: Policy) -> None:
         assert {part.layer for part in moved.ledger()}.isdisjoint(moved.sources)
 
 
-@every
+@pytest.mark.parametrize("policy", [STACKS[0], KIVI(2, 8, 8) | KVSharer(pairs=PAIRS)], ids=str)
 def test_crop_is_as_if_it_had_never_been(policy: Policy) -> None:
     model, (ids, mask) = tiny(), padded(33, 26)
     cache = CompressedCache(model, policy)
