@@ -795,8 +795,8 @@ class CompressedCache(Cache):
         Raises ValueError where that cannot be undone: what was evicted for these tokens, or their part in what was
         collected, does not come back. So assisted decoding and prompt lookup work with quantizers and selectors only.
         """
-        seen = self.get_seq_length()
-        removed = min(seen, -max_length) if max_length <= 0 else max(0, seen - max_length)
+        length = self.get_seq_length()
+        removed = min(length, -max_length) if max_length <= 0 else max(0, length - max_length)
         collects = {"attention", "queries", "window", "moments"} & set(self.needs)
         if removed and (collects or any(isinstance(p, Evictor) for p in self.policy.policies)):
             raise ValueError(
@@ -1090,16 +1090,19 @@ def _watch(model: PreTrainedModel, cache: CompressedCache) -> None:
 
     names = list(inspect.signature(model.forward).parameters)
 
+    def given(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(names, args, strict=False)) | kwargs
+
     @_uncompiled
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given, fed = dict(zip(names, args, strict=False)) | kwargs, watched()
-        if fed is not None and given.get("past_key_values") is fed:
-            fed.before_forward(given.get("input_ids"), given.get("attention_mask"))
+        fed, arguments = watched(), given(args, kwargs)
+        if fed is not None and id(fed) == id(arguments.get("past_key_values")):
+            fed.before_forward(arguments.get("input_ids"), arguments.get("attention_mask"))
 
     @_uncompiled
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        given, fed = dict(zip(names, args, strict=False)) | kwargs, watched()
-        if fed is not None and given.get("past_key_values") is fed:
+        fed = watched()
+        if fed is not None and id(fed) == id(given(args, kwargs).get("past_key_values")):
             if not hasattr(output, "logits"):
                 raise ValueError(f"{fed.policy} needs to see the logits: leave return_dict=False out")
             fed.after_forward(output.logits)

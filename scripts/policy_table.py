@@ -106,29 +106,31 @@ def deviations(policy: Policy) -> str:
 
 
 def kept_scores(folder: Path) -> dict[tuple[str, str, float | None, float | None], tuple[float, float]]:
-    """(evict, quant, memory, budget) -> score kept, as a share of the full cache's, mean of the tasks; bytes ratio.
+    """(evict, quant, memory, budget) -> score kept, as a share of the full cache's; bytes, as a share of its bytes.
 
-    nan where a byte budget cannot be met.
+    The mean of the tasks' shares, and the ratio of the sums of their bytes. nan where a byte budget cannot be met.
     """
     try:
         cells, _ = read_cells(folder)
     except ResultsError:
         return {}
-    means: dict[Any, tuple[float, float]] = {}
+    means: dict[Any, float] = {}
+    held: dict[Any, tuple[int, int]] = {}
     for cell in cells:
         policy, extra = cell.config.policy, cell.config.model.model_extra or {}
         if cell.config.task.name not in TASKS or "batch_size" in extra:
             continue
-        mean = ratio = float("nan")
-        if cell.samples:
-            mean = sum(s.score for s in cell.samples) / len(cell.samples)
-            ratio = sum(s.kv_bytes_prefill_end for s in cell.samples) / sum(s.kv_bytes_full for s in cell.samples)
-        means[policy.evict, policy.quant, policy.memory, policy.budget, cell.config.task.name] = mean, ratio
+        key = policy.evict, policy.quant, policy.memory, policy.budget, cell.config.task.name
+        n = len(cell.samples)
+        means[key] = sum(s.score for s in cell.samples) / n if n else float("nan")
+        held[key] = sum(s.kv_bytes_prefill_end for s in cell.samples), sum(s.kv_bytes_full for s in cell.samples)
     shown = {}
     for name in {key[:4] for key in means}:
-        ran = [(means[*name, t], means["full", "none", None, None, t]) for t in TASKS if (*name, t) in means]
+        ran = [(*name, t) for t in TASKS if (*name, t) in means]
         if len(ran) == len(TASKS):
-            shown[name] = sum(a / b for (a, _), (b, _) in ran) / len(ran), sum(r for (_, r), _ in ran) / len(ran)
+            score = sum(means[key] / means["full", "none", None, None, key[4]] for key in ran) / len(ran)
+            own, full = (sum(held[key][k] for key in ran) for k in (0, 1))
+            shown[name] = score, own / full if score == score else float("nan")
     return shown
 
 

@@ -558,11 +558,20 @@ def test_a_full_grid_gives_rates_gains_and_areas(tmp_path):
             evict, budget = ("full", None) if r == 1 else ("h2o", share)
             write(tmp_path, cell(evict, quant, samples=rows, budget=budget))
     board, section, _ = the_only_section(tmp_path)
-    _, rates = table_of(section, "How does the damage grow when both are turned up?")
+    table, rates = table_of(section, "How does the damage grow when both are turned up?")
     assert rates["h2o"]["Grid"] == "2 × 2" and rates["h2o"]["g, points"] == "+3.00"
-    assert "4×:" in rates["h2o"]["Best share of quantization"]
-    _, gains = table_of(section, "What does stacking gain at equal bytes?")
-    assert gains["4×"]["Best alone"] == "q4" and gains["4×"]["Best stack"] == "h2o+q8@0.5tokens"
+    assert rates["h2o"]["95 %"] == "–"  # of 40 samples, and departures without any spread
+    split = rates["h2o"]["Best share of quantization"]
+    assert split == "2×: 100 %*, 4×: 100 %*, 8×: 67 %*, 16×: 50 %*"  # a bit costs less than a token, up to q4
+    assert "know nothing of departures that did not occur" in table.text and "marked * stands at the edge" in table.text
+    table, gains = table_of(section, "What does stacking gain at equal bytes?")
+    assert gains["4×"]["Its bytes, %"] == gains["4×"]["The stack's bytes, %"] == "25.0 (4.0×)"
+    assert table.note == "No row where nothing so small was measured: 8× (no method alone), 16× (no method alone), " + (
+        "32× (no method alone and no stack)."
+    )
+    assert html.escape(table.note, quote=False) in leaderboard.to_html(board)
+    assert table.note in leaderboard.to_markdown(board).replace("\\", "")
+    assert gains["4×"]["Best alone"] == "q4" and gains["4×"]["Best stack"] == "h2o+q8@50%tokens"
     assert (
         gains["4×"]["Reading"] == "one method alone wins" and float(gains["4×"]["Gain, points"].replace("−", "-")) < 0
     )
@@ -576,6 +585,157 @@ def test_a_full_grid_gives_rates_gains_and_areas(tmp_path):
     area = ((1 + (full - 0.05) / full) / 2 + (full - 0.05 + full - 0.1) / full / 2) / 2
     assert curves["h2o"]["Area, %"] == f"{100 * area:.1f}"
     assert table.title in leaderboard.to_html(board) and table.title in leaderboard.to_markdown(board)
+
+
+def test_the_rate_has_an_interval_where_resamples_know_enough(tmp_path):
+    rng, n = np.random.default_rng(1), 100
+    for evict, share in (("full", 1.0), ("h2o", 0.5), ("h2o", 0.25)):
+        for quant, bits in (("none", 16), ("q8", 8), ("q4", 4)):
+            x, y = -math.log2(share), math.log2(16 / bits)
+            score = 0.9 - 0.03 * (x * x + y * y) - 0.02 * x * y + rng.uniform(-0.02, 0.02, n)
+            rows = [{**sample(i, s, rho=share * bits / 16), "kept_tokens": 512 * share} for i, s in enumerate(score)]
+            write(tmp_path, cell(evict, quant, samples=rows, budget=None if share == 1 else share))
+    _, section, _ = the_only_section(tmp_path)
+    _, rates = table_of(section, "How does the damage grow when both are turned up?")
+    low, high = (float(end.replace("−", "-")) for end in rates["h2o"]["95 %"].split(" to "))
+    assert low < 2 < high < 3
+    assert re.match(r"2×: \d+ % \(\d+ to \d+\), 4×: ", rates["h2o"]["Best share of quantization"])  # inside: no *
+
+
+GAINS = "What does stacking gain at equal bytes?"
+
+
+def gains_of(folder, **options):
+    section = load(folder, resamples=300, **options).sections[0]
+    return {row.name: row.cells[-1] for table in section.tables if table.title == GAINS for row in table.rows}
+
+
+def test_a_winner_holds_no_more_bytes(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def add(evict, quant, rho, mean, **options):
+        write(tmp_path, cell(evict, quant, scores=mean + rng.uniform(-0.02, 0.02, 80), rho=rho, **options))
+
+    add("full", "none", 1.0, 0.95)
+    add("full", "q", 0.4, 0.9)
+    add("h2o", "none", 0.25, 0.6, memory=0.25)
+    add("h2o", "q", 0.25, 0.8, memory=0.25)
+    assert gains_of(tmp_path) == {"2×": "unlike bytes: the better one holds 60 % more", "4×": "stacking wins"}
+    add("full", "q2", 0.2, 0.9)  # the better one holds less
+    assert gains_of(tmp_path)["4×"] == "one method alone wins"
+
+
+def test_gains_are_corrected_for_the_number_of_rows(tmp_path):
+    """One pair serves two compressions, and of thirteen wrong answers six are in the reported half: p = 2/64, twice."""
+    base = np.ones(120)
+    scores = np.where(np.arange(120) < 13, 0.0, 1.0)
+    write(tmp_path, cell(scores=base), cell("full", "q", scores=scores, rho=0.25))
+    write(tmp_path, cell("h2o", "q", scores=base, rho=0.25, memory=0.25))
+    assert set(gains_of(tmp_path)) == {"2×", "4×"}
+    assert set(gains_of(tmp_path).values()) == {"not resolved"}
+    assert set(gains_of(tmp_path, correction="none").values()) == {"stacking wins"}
+
+
+def test_a_gain_of_unknown_size_is_still_a_gain(tmp_path):
+    """No answer changes, and all likelihoods do: that stands after the correction, and its size is open."""
+    nll = np.linspace(0.3, 0.5, 40)
+    for stack, loss in ((("full", "none"), 0.0), (("full", "q"), 0.003), (("h2o", "q"), 0.001)):
+        options = {} if stack == ("full", "none") else {"rho": 0.25}
+        write(tmp_path, cell(*stack, scores=[1] * 40, **options))
+        write(tmp_path, cell(*stack, task="ppl", kind="nll", scores=nll - loss, **options))
+    assert gains_of(tmp_path)["4×"] == "stacking wins, by how much is open"
+
+
+def test_why_there_are_no_contrasts(tmp_path, capsys):
+    def add(folder, evict, quant, kept, **options):
+        rows = [{**sample(i, 1, rho=kept), "kept_tokens": 512 * kept} for i in range(30)]
+        write(folder, cell(evict, quant, samples=rows, **options))
+
+    title = "Do eviction and quantization compose?"
+    for evict, quant, kept, options in (
+        ("full", "none", 1, {}), ("full", "q", 1, {}), ("h2o", "none", 0.25, {"memory": 0.25}),
+    ):  # fmt: skip
+        add(tmp_path, evict, quant, kept, **options)
+    board, section, _ = the_only_section(tmp_path)
+    assert title not in leaderboard.to_markdown(board) + leaderboard.to_html(board)  # no stack of both kinds
+    add(tmp_path, "h2o", "q", 0.9, memory=0.25)
+    board = build(tmp_path, tmp_path / "out", resamples=100)
+    said = (
+        "No contrast can be formed: given the same bytes, stacks kept more tokens than their evictor alone. A sweep "
+        "with budget= (shares of the tokens) gives it."
+    )
+    texts = capsys.readouterr().out, leaderboard.to_markdown(board).replace("\\", ""), leaderboard.to_html(board)
+    for text in (" ".join(text.split()) for text in texts):
+        assert title in text and said in text
+    other = tmp_path / "other"
+    add(other, "full", "none", 1)
+    add(other, "h2o", "q", 0.5, memory=0.25)
+    _, section, _ = the_only_section(other)
+    table, rows = table_of(section, title)
+    assert not rows and "its evictor alone at the same kept tokens and its quantizer alone" in table.text
+
+
+def test_contrasts_are_shown_in_the_terminal_too(tmp_path, capsys):
+    for evict, quant, kept in (("full", "none", 1), ("full", "q", 1), ("h2o", "none", 0.5), ("h2o", "q", 0.5)):
+        rows = [{**sample(i, 1), "kept_tokens": 512 * kept} for i in range(30)]
+        write(tmp_path, cell(evict, quant, samples=rows, budget=None if evict == "full" else 0.5))
+    build(tmp_path, tmp_path / "out", resamples=100)
+    said = capsys.readouterr().out
+    assert "Do eviction and quantization compose?" in said and "no departure" in said
+
+
+def test_shares_and_numbers_of_tokens_have_names_of_their_own(tmp_path, capsys):
+    write(tmp_path, cell(scores=[1] * 20), cell("a", scores=[0] * 20, budget=0.5))
+    for k, budget in enumerate((1, 1.0, 16384)):
+        write(tmp_path, cell("a", scores=[1] * (k + 1) + [0] * (19 - k), budget=budget))
+    _, _, stacks = the_only_section(tmp_path)
+    assert set(stacks) == {"full cache", "a@50%tokens", "a@100%tokens", "a@1tokens", "a@16384tokens"}
+    for key, score in (("a@50%tokens", "0.0"), ("a@1tokens", "5.0"), ("a@100%tokens", "10.0")):
+        assert main_compare([key, "full", str(tmp_path), "--resamples", "50"]) == 0
+        assert f"Mean scores: {key} {score} %" in capsys.readouterr().out
+
+
+def test_the_floor_tells_flips_from_rounding(tmp_path):
+    nll = np.linspace(0.3, 0.5, 24)
+
+    def line(folder, *again):
+        write(tmp_path / folder, cell(scores=[1] * 30), cell(scores=nll, task="ppl", kind="nll"))
+        write(tmp_path / folder, *again)
+        return the_only_section(tmp_path / folder)[1].caption[-2]
+
+    rounded = cell(scores=nll + 1e-5, task="ppl", kind="nll", seed=1)
+    agree = "A/A floor: two runs of the full cache agree on all 30 samples with generated answers (95 % bound of the "
+    agree += "flip rate 10 %)"
+    assert line("answers", cell(scores=[1] * 30, seed=1)) == f"{agree}."
+    assert line("both", cell(scores=[1] * 30, seed=1), cell(scores=nll, task="ppl", kind="nll", seed=1)) == (
+        f"{agree} and in the scores of likelihood tasks."
+    )
+    assert line("rounding", cell(scores=[1] * 30, seed=1), rounded) == (
+        f"{agree} and differ by 0.001 points (mean |difference|) in the scores of likelihood tasks; differences below "
+        "0.0005 points are not resolved."
+    )
+    assert line("only", rounded).startswith("A/A floor: two runs of the full cache differ by 0.001 points (mean |")
+    assert "differ on 10.0 % of 30 samples with generated answers and differ by 0.001 points" in line(
+        "flips", cell(scores=[0] * 3 + [1] * 27, seed=1), rounded
+    )
+    drift = cell(scores=np.linspace(0.8, 1.0, 20), task="drift", kind="fidelity")
+    more = cell(scores=np.linspace(0.79, 0.99, 20), task="drift", kind="fidelity", seed=1)
+    assert f"{agree} and differ by 1.0 points" in line("fidelity", drift, more, cell(scores=[1] * 30, seed=1))
+
+
+def test_likelihoods_kept_count_from_zero_and_that_is_said(tmp_path):
+    write(tmp_path, cell(scores=[1] * 30), cell("tiny", scores=[0] * 30, budget=4))
+    said = "--zero STACK counts from the score of that stack"
+    assert said not in " ".join(the_only_section(tmp_path)[1].caption)  # answers can all be wrong
+    for stack, likelihood in (({"evict": "full"}, 0.4), ({"evict": "tiny", "budget": 4}, 0.1)):
+        write(tmp_path, cell(**stack, scores=[likelihood] * 30, task="ppl", kind="nll"))
+    captions = {
+        zero: " ".join(load(tmp_path, resamples=100, zero=zero).sections[0].caption)
+        for zero in (None, "tiny@4tokens", "gone")
+    }
+    assert "On likelihood tasks (ppl) the share kept counts from 0" in captions[None] and said in captions[None]
+    assert said not in captions["tiny@4tokens"] and "what tiny@4tokens scores counts as 0" in captions["tiny@4tokens"]
+    assert said in captions["gone"] and "gone scores" not in captions["gone"]
 
 
 def test_the_order_of_a_stack_is_compared_at_equal_bytes(tmp_path):
@@ -1023,7 +1183,7 @@ def test_a_whole_sweep(tmp_path, capsys, monkeypatch):
     (section,) = board.sections
     assert len(section.stacks) == 4 + 2 * 3 + 2 * 4  # kivi2 would keep more than all tokens at this memory
     assert {t.label for t in section.tasks} == {"recall", "niah", "multi_query", "ppl"}
-    assert section.floor.n == 48 and len(section.contrasts) == 6
+    assert section.floor.n == 36 and len(section.contrasts) == 6
     captured = capsys.readouterr()
     assert "bootstrap: 4 of 4" in captured.err and "Detectable difference" in captured.out
     assert all(line in html.unescape(leaderboard.to_html(board)) for line in section.caption)
@@ -1129,7 +1289,16 @@ def test_compare_tells_a_difference_from_its_size(tmp_path, capsys):
     write(tmp_path, cell(scores=[1] * 30), cell(scores=nll, task="ppl", kind="nll"))
     write(tmp_path, cell("a", scores=[1] * 30), cell("a", scores=[v - 0.003 for v in nll], task="ppl", kind="nll"))
     assert main_compare(["a", "full", str(tmp_path), "--resamples", "300"]) == 0
-    assert "the signs of the differences say that they do differ" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the signs of the differences say that they do differ" in said
+    assert "but only likelihoods moved and no answer changed, so by how much is open" in said
+    write(tmp_path, cell(scores=[0] * 30, task="noise"), cell("a", scores=[1] + [0] * 29, task="noise"))  # not ranked
+    assert main_compare(["a", "full", str(tmp_path), "--resamples", "300"]) == 0
+    assert "no answer changed" in capsys.readouterr().out
+    write(tmp_path, cell("b", scores=[0] + [1] * 29))
+    write(tmp_path, cell("b", scores=[v - 0.003 for v in nll], task="ppl", kind="nll"))
+    assert main_compare(["b", "full", str(tmp_path), "--resamples", "300"]) == 0
+    assert "few answers changed" in capsys.readouterr().out
 
 
 def test_compare_refuses_what_is_not_comparable(tmp_path, capsys):

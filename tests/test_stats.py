@@ -32,7 +32,6 @@ from kvbench.stats import (
     interaction_rate,
     lead,
     mcnemar,
-    order_effect,
     pair,
     pareto_front,
     percentiles,
@@ -236,10 +235,19 @@ def test_the_difference_is_the_macro_mean_over_common_samples():
 
 def test_the_noise_floor_is_the_flip_rate_of_binary_scores():
     floor = aa_floor(run("1", t=[1, 0, 1, 1], u=[1, 1]), run("2", t=[1, 1, 1, 1], u=[1, 0]))
-    assert floor.flips == pytest.approx(2 / 6)
+    assert floor.flips == pytest.approx(2 / 6) and floor.drift is None
     assert floor.value == pytest.approx((1 / 4 + 1 / 2) / 2)
     same = aa_floor(run("1", t=[1, 0, 1]), run("2", t=[1, 0, 1]))
     assert (same.flips, same.value, same.bound) == (0, 0, 1.0)
+
+
+def test_likelihoods_that_round_otherwise_are_no_flips():
+    runs = run("1", t=[1, 0, 1], ppl=[0.4, 0.5]), run("2", t=[1, 0, 1], ppl=[0.401, 0.503])
+    floor = aa_floor(*runs, likelihoods=["ppl"])
+    assert (floor.n, floor.flips, floor.bound) == (3, 0, 1.0)
+    assert floor.drift == pytest.approx(0.002) and floor.value == pytest.approx(0.001)  # over both tasks
+    alone = aa_floor(*(Run(r.name, False, {"ppl": r.tasks["ppl"]}) for r in runs), likelihoods=["ppl"])
+    assert alone.n == 0 and math.isnan(alone.flips) and alone.bound is None and alone.value == pytest.approx(0.002)
 
 
 def dominated(p, rho, score):
@@ -296,6 +304,24 @@ def test_an_interaction_that_was_not_seen_is_not_excluded():
     ]
     mixed = interaction(*graded, resamples=200).score  # u never departs, and its scores are no jumps
     assert mixed.high == pytest.approx(end / 2, abs=1e-4) and mixed.low == -mixed.high
+
+
+def test_resamples_know_too_little_of_few_departures_or_few_samples():
+    rng = np.random.default_rng(6)
+
+    def doubtful(*scores):
+        return interaction(*(run(f"p{k}", t=v) for k, v in enumerate(scores)), resamples=100).doubtful
+
+    def graded(n):
+        return [rng.uniform(0.3, 0.6, n) for _ in range(4)]
+
+    def answers(count):  # of 100, of which so many depart
+        return [np.arange(100) < 80, np.ones(100), np.arange(100) < 80 - count, np.ones(100)]
+
+    assert doubtful(*graded(40)) and not doubtful(*graded(60))
+    assert doubtful(*answers(0)) and doubtful(*answers(10)) and not doubtful(*answers(40))
+    constant = [np.full(60, v) for v in (0.5, 0.6, 0.3, 0.9)]  # no variance: an interval without width
+    assert doubtful(*constant)
 
 
 def test_intervals_of_rare_departures_cover():
@@ -844,15 +870,13 @@ def test_the_interaction_rate_is_recovered(g):
     total = 0.05 * (2 - y) + 0.01 * (2 - y) ** 2 + 0.01 * y + 0.02 * y**2 + g * (2 - y) * y
     assert rate.split[2.0].estimate == pytest.approx(y[total.argmin()] / 2, abs=0.011)
     assert set(rate.split) == {1.0, 2.0, 3.0, 4.0}
+    least, most = np.maximum(0, np.arange(1, 5) - 2) / np.arange(1, 5), np.minimum(2 / np.arange(1, 5), 1)
+    shares = np.array([rate.split[u].estimate for u in (1.0, 2.0, 3.0, 4.0)])
+    assert rate.at_edge == {1.0 + i for i in np.flatnonzero(np.isclose(shares, least) | np.isclose(shares, most))}
+    assert 4.0 in rate.at_edge  # a corner of the grid: nothing to choose from
 
 
 def test_the_interaction_rate_needs_a_grid():
     line = [(1.0, 16.0), (0.5, 4.0), (0.25, 8.0), (0.125, 16.0), (1.0, 2.0)]
     with pytest.raises(ValueError, match="not identified"):
         interaction_rate(exactly([1] * 5), [r for r, _ in line], [b for _, b in line], 0, range(1, 5))
-
-
-def test_the_order_effect_is_a_paired_difference():
-    first, second = run("evict first", t=[1, 1, 1, 0] * 20), run("quantize first", t=[1, 0, 1, 0] * 20)
-    effect = order_effect(first, second, resamples=500)
-    assert effect.interval.estimate == pytest.approx(0.25) and effect.resolved

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from kvbench import stats
-from kvbench.leaderboard.data import FULL, NONE, Numbers, Options, Section, Stack, Table, TableRow
+from kvbench.leaderboard.data import FULL, NONE, Numbers, Section, Stack, Table, TableRow
 from kvbench.leaderboard.words import number, percent, span
 
 TOLERANCES = (0.01, 0.05)
@@ -23,7 +23,7 @@ def families(stacks: Sequence[Stack]) -> dict[tuple[str, str, str], list[Stack]]
     return dict(found)
 
 
-def areas(section: Section, numbers: Numbers, options: Options) -> list[Table]:
+def areas(section: Section, numbers: Numbers) -> list[Table]:
     """Tables by family and by kind of stack; none without retention."""
     retention = numbers.drawn.retention
     stacks = [s for s in section.stacks if not s.missing and s.rho > 0]

@@ -9,8 +9,8 @@ from typing import Any
 
 from kvbench import stats
 from kvbench.leaderboard.data import NO_SIGNAL, Options, Section, TaskInfo
-from kvbench.leaderboard.material import Material
-from kvbench.leaderboard.words import number, percent, query_mode
+from kvbench.leaderboard.material import Material, find
+from kvbench.leaderboard.words import number, percent, precise, query_mode
 
 FEW_SAMPLES = 20  # below, even corrected intervals may cover far less than they say
 CORRECTED = {
@@ -18,15 +18,6 @@ CORRECTED = {
     "bh": "after Benjamini and Hochberg's correction, which bounds the share of false claims (exploration)",
     "none": "without a correction for the number of stacks",
 }
-
-
-CONTRASTS = (
-    "Damage of the stack minus the damage of its evictor alone (same kept tokens) and of its quantizer alone, in "
-    "points. Above 0 stacking hurts more than the sum; below 0 the damages overlap. A departure is claimed only if "
-    "scores and logits agree, both intervals exclude 0, and it stands after correction for the number of stacks. Where "
-    "few samples depart, the interval is a score interval: none departing is no proof of none. Intervals on logits "
-    "come from the resamples, which know nothing of departures that did not occur."
-)
 
 
 def notes(section: Section, paired: stats.Paired) -> list[str]:
@@ -66,8 +57,9 @@ def caption(section: Section, material: Material, options: Options) -> list[str]
         if section.retention
         else "mean over tasks of the task's mean score"
     )
-    if section.retention and options.zero:
-        how += f"; what {options.zero} scores counts as 0"
+    zero = find(options.zero, material.stacks) if options.zero else None
+    if section.retention and zero:
+        how += f"; what {zero.key} scores counts as 0"
     lines = [
         setup_line(section.model, section.tasks, section.variants, section.query_aware),
         f"Tasks and samples: {', '.join(f'{t.label} {t.n}' for t in ranked)}. {prompts_line(ranked)}",
@@ -78,6 +70,11 @@ def caption(section: Section, material: Material, options: Options) -> list[str]
         "samples, at the end of prefill unless marked final. Budgets are what a stack was given: a share of those "
         "bytes, of the tokens, or a number of tokens.",
     ]
+    if section.retention and not zero and (nll := [t.label for t in ranked if t.kind == "nll" and t.kept]):
+        lines.append(
+            f"On likelihood tasks ({', '.join(nll)}) the share kept counts from 0, which flatters bad stacks, as some "
+            "text is predicted without its context: --zero STACK counts from the score of that stack."
+        )
     lines += _coverage(section)
     if any(s.difference for s in section.stacks):
         lines.append(
@@ -172,12 +169,15 @@ def _failures(section: Section, material: Material) -> str:
 def floor_line(floor: stats.Floor | None) -> str:
     if floor is None:
         return "A/A floor: not measured (no second run of the full cache on the same prompts)."
+    found = []
     if floor.bound is not None:
-        return (
-            f"A/A floor: two runs of the full cache agree on all {floor.n} samples "
-            f"(95 % bound of the flip rate {100 * floor.bound:.2g} %)."
-        )
-    return (
-        f"A/A floor: two runs of the full cache differ on {100 * floor.flips:.1f} % of {floor.n} "
-        f"samples; differences below {100 * floor.value:.1f} points are not resolved."
-    )
+        bound = f"(95 % bound of the flip rate {100 * floor.bound:.2g} %)"
+        found.append(f"agree on all {floor.n} samples with generated answers {bound}")
+    elif floor.n:
+        found.append(f"differ on {precise(floor.flips)} % of {floor.n} samples with generated answers")
+    if floor.drift is not None:
+        agree = "" if floor.bound is not None else "agree "  # said before
+        by = f"differ by {precise(floor.drift)} points (mean |difference|) " if floor.drift else agree
+        found.append(f"{by}in the scores of likelihood tasks")
+    least = f"; differences below {precise(floor.value)} points are not resolved" if floor.value else ""
+    return f"A/A floor: two runs of the full cache {' and '.join(found)}{least}."

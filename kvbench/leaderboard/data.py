@@ -46,8 +46,8 @@ class Group:
 
     @property
     def suffix(self) -> str:
-        value = f"{-self.minus:.4g}"
-        return ("", f"@{value}", f"@{value}tokens", f"@{value}tokens")[self.kind]
+        value = -self.minus
+        return ("", f"@{value:.4g}", f"@{100 * value:.4g}%tokens", f"@{value:g}tokens")[self.kind]
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ class Table:
     title: str
     text: str  # how to read it
     head: tuple[str, ...]  # of the names, then of the cells
-    rows: tuple[TableRow, ...]
+    rows: tuple[TableRow, ...]  # without any, the text alone is shown
+    note: str = ""  # below the rows
 
 
 @dataclass

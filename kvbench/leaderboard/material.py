@@ -38,6 +38,11 @@ class Material:
     def full(self) -> int | None:
         return next((s.index for s in self.stacks if s.is_full), None)
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Column -> kind of its task."""
+        return {self.label(c): c.config.task.kind for c in self.cells}
+
     def label(self, cell: Cell) -> str:
         return self.labels[task_key(cell)]
 

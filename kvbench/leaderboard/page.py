@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvbench.leaderboard.captions import CONTRASTS
 from kvbench.leaderboard.chart import Mark, Marks, chart
 from kvbench.leaderboard.data import FAINT, SOLID, Leaderboard, Section
 from kvbench.leaderboard.needles import heat, kept_maps
@@ -39,7 +38,6 @@ def to_html(board: Leaderboard) -> str:
         kept_maps=kept_maps,
         cell_text=cell_text,
         column=column,
-        contrasts_text=CONTRASTS,
         isnan=math.isnan,
         scale=_scale,
         solid=SOLID,

@@ -16,7 +16,7 @@ from kvbench.leaderboard.areas import areas
 from kvbench.leaderboard.benchmarks import longbench, variants_of
 from kvbench.leaderboard.breakdown import breakdowns
 from kvbench.leaderboard.captions import caption, notes
-from kvbench.leaderboard.composition import contrasts, stacking
+from kvbench.leaderboard.composition import composition, contrasts, stacking
 from kvbench.leaderboard.data import Numbers, Options, Section, Stack, TaskInfo, TaskScore
 from kvbench.leaderboard.material import Material, model_of
 from kvbench.leaderboard.progress import progress
@@ -51,8 +51,8 @@ def make_section(material: Material, options: Options) -> Section:
         floor=aa_floor,
         contrasts=contrasts(material.stacks, numbers, options),
     )
-    section.tables = longbench(section, numbers)
-    section.tables += [*areas(section, numbers, options), *stacking(section, numbers, options)]
+    section.tables = [*composition(section, numbers), *longbench(section, numbers), *areas(section, numbers)]
+    section.tables += stacking(section, numbers, options)
     section.tables += breakdowns(section, material, numbers, options)
     section.notes += notes(section, numbers.paired)
     section.caption = caption(section, material, options)
@@ -92,8 +92,9 @@ def floor(material: Material) -> stats.Floor | None:
     if not twice:
         return None
     first, second = (material.run(f"run {k + 1}", [runs[k] for runs in twice], lambda s: s.score) for k in (0, 1))
+    kinds = material.kinds
     try:
-        return stats.aa_floor(first, second)
+        return stats.aa_floor(first, second, [t for t in first.tasks if kinds[t] != "generate"])
     except ValueError:  # the two runs have no sample in common
         return None
 

@@ -8,9 +8,8 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from kvbench.leaderboard.captions import CONTRASTS
 from kvbench.leaderboard.data import Group, Leaderboard, Section, Stack, Table, TaskInfo
-from kvbench.leaderboard.words import cell_text, column, markdown, marks, number, percent, plain, query_mode, span
+from kvbench.leaderboard.words import cell_text, column, markdown, marks, percent, plain, query_mode, span
 from kvbench.stats import Interval
 
 if TYPE_CHECKING:
@@ -47,16 +46,6 @@ def _md_section(section: Section) -> list[str]:
         lines += [_md_row(map(markdown, head)), _md_row(["--:", ":--", *["--:"] * (len(head) - 3), ":--"])]
         lines += [_md_row(_md_cells(section, stack)) for stack in stacks] + [""]
     lines += [f"- {markdown(line)}" for line in section.caption] + [""]
-    if section.contrasts:
-        lines += ["### Do eviction and quantization compose?", "", markdown(CONTRASTS), ""]
-        lines += [_md_row(["Stack", "Interaction, points", "95 %", "On logits", "95 %", "Reading"])]
-        lines += [_md_row([":--", *["--:"] * 4, ":--"])]
-        for c in section.contrasts:
-            score, logit = c.value.score, c.value.logit
-            row = [c.stack.key, percent(score.estimate, sign=True), span(score)]
-            row += [number(logit.estimate, 2, True), span(logit, 2, scale=1), c.verdict]
-            lines.append(_md_row(map(markdown, row)))
-        lines.append("")
     for table in section.tables:
         lines += _md_table(table)
     return lines + _md_tasks(section)
@@ -64,8 +53,10 @@ def _md_section(section: Section) -> list[str]:
 
 def _md_table(table: Table) -> list[str]:
     lines = [f"### {markdown(table.title)}", "", markdown(table.text), ""]
-    lines += [_md_row(map(markdown, table.head)), _md_row([":--", *["--:"] * (len(table.head) - 1)])]
-    return [*lines, *(_md_row(map(markdown, (row.name, *row.cells))) for row in table.rows), ""]
+    if table.rows:
+        lines += [_md_row(map(markdown, table.head)), _md_row([":--", *["--:"] * (len(table.head) - 1)])]
+        lines += [*(_md_row(map(markdown, (row.name, *row.cells))) for row in table.rows), ""]
+    return [*lines, markdown(table.note), ""] if table.note else lines
 
 
 def _md_tasks(section: Section) -> list[str]:
@@ -180,7 +171,12 @@ def print_table(board: Leaderboard, console: Console | None = None) -> None:
         for line in section.caption:
             console.print(Text(plain(line), style="dim"))
         for further in section.tables:
-            console.print(_further_table(further))
+            if further.rows:
+                console.print(_further_table(further))
+            else:
+                console.print(Text.assemble((plain(further.title), "bold"), "\n", plain(further.text)))
+            if further.note:
+                console.print(Text(plain(further.note), style="dim"))
         console.print()
     if not board.sections:
         console.print("No finished cell yet.")

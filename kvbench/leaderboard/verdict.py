@@ -16,7 +16,7 @@ from kvbench.leaderboard.material import Material, find, model_of, sort_cells
 from kvbench.leaderboard.progress import progress
 from kvbench.leaderboard.rows import bytes_ratios, floor
 from kvbench.leaderboard.signal import Counted, counted
-from kvbench.leaderboard.words import natural, number, percent, plain, span
+from kvbench.leaderboard.words import natural, number, percent, plain, precise, span
 from kvbench.results import Cell
 
 
@@ -73,7 +73,7 @@ def _verdict(material: Material, a: Stack, b: Stack, options: Options) -> str:
     scores = [f"{s.key} {percent(m.estimate)} % ({span(m)})" for s, m in zip((a, b), means, strict=True)]
     lines = [
         material.title,
-        f"{_lead(a, b, result)}{_conclusion(result, aa_floor)}.",
+        f"{_lead(a, b, result)}{_conclusion(result, aa_floor, _moved(material, paired.select(tasks=drawn.ranked)))}.",
         *([_equivalence(a, b, result, options.margin)] if signal else []),
         *_weak(material, weak, signal),
         f"Mean scores: {', '.join(scores)}.",
@@ -110,20 +110,29 @@ def _lead(a: Stack, b: Stack, result: stats.Difference) -> str:
     return f"{a.key} scores {number(abs(100 * gap))} points {'higher' if gap > 0 else 'lower'} than {b.key}"
 
 
-def _conclusion(result: stats.Difference, aa_floor: stats.Floor | None) -> str:
+def _conclusion(result: stats.Difference, aa_floor: stats.Floor | None, moved: str) -> str:
     if math.isnan(result.interval.low):
         return ", but a task has a single independent sample: no interval can be given, and nothing is concluded"
     interval = f"95 % interval {span(result.interval)}"
     if not result.resolved:
         return f"{', but' if result.interval.estimate else ':'} the data do not tell them apart ({interval})"
     if aa_floor and abs(result.interval.estimate) < aa_floor.value:
-        return f", but that is below the A/A floor of {percent(aa_floor.value)}, so not resolved ({interval})"
+        return f", but that is below the A/A floor of {precise(aa_floor.value)}, so not resolved ({interval})"
     if result.interval.contains(0.0):
         return (
-            f": the signs of the differences say that they do differ (p = {result.p:.2g}), but few answers changed, so "
-            f"by how much is open ({interval})"
+            f": the signs of the differences say that they do differ (p = {result.p:.2g}), but {moved}, so by how much "
+            f"is open ({interval})"
         )
     return f": the difference is real ({interval})"
+
+
+def _moved(material: Material, paired: stats.Paired) -> str:
+    """What of few changes changed: answers, or likelihoods without any answer."""
+    changes = {t: (s[0] != s[1]).any() for t, s in zip(paired.tasks, paired.scores, strict=True)}
+    answers = [changed for task, changed in changes.items() if material.kinds[task] == "generate"]
+    if any(answers):
+        return "few answers changed"
+    return "only likelihoods moved and no answer changed" if answers else "few samples changed"
 
 
 def _equivalence(a: Stack, b: Stack, result: stats.Difference, margin: float) -> str:
@@ -192,8 +201,7 @@ def _kept(material: Material, a: Stack, b: Stack, counts: Counted, options: Opti
 
 def _tasks(material: Material, a: Stack, b: Stack, result: stats.Difference) -> list[str]:
     """One line per task: both values, and the difference of the scores."""
-    kinds = {material.label(c): c.config.task.kind for c in material.cells}
-    lines = []
+    kinds, lines = material.kinds, []
     for task, interval in result.tasks.items():
         if kinds[task] == "nll" and task not in (*a.failed, *b.failed):
             first, second = (_mean(material.nlls[s.index], task) for s in (a, b))

@@ -24,6 +24,11 @@ def percent(value: float | None, digits: int = 1, sign: bool = False) -> str:
     return number(None if value is None else 100 * value, digits, sign)
 
 
+def precise(value: float) -> str:
+    """A share as percent or points; two digits of what is below 0.05, so that little does not read as nothing."""
+    return f"{100 * value:.2g}" if 0 < 100 * value < 0.05 else percent(value)
+
+
 def span(interval: Interval | None, digits: int = 1, scale: float = 100) -> str:
     """The ends of an interval, "94.1 to 98.0"; a dash where they are unknown."""
     if interval is None or math.isnan(interval.low):

@@ -67,7 +67,6 @@ from kvbench.stats.stacking import (
     interaction,
     interaction_of,
     interaction_rate,
-    order_effect,
     stacking_gain,
 )
 
@@ -114,7 +113,6 @@ __all__ = [
     "is_binary",
     "lead",
     "mcnemar",
-    "order_effect",
     "pair",
     "pareto_front",
     "percentiles",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -273,18 +273,28 @@ CORRECTIONS: dict[str, Callable[[Sequence[float]], list[float]]] = {
 class Floor:
     """What two runs of one stack disagree by; smaller differences between stacks are not resolved."""
 
-    n: int
-    flips: float  # share of samples whose score changes
     value: float  # macro mean of the absolute change: the flip rate of binary scores
-    bound: float | None  # rule of three when nothing changes
+    n: int  # samples with answers, which flip; rounding moves likelihoods without that
+    flips: float  # share of these whose score changes; NaN without any
+    bound: float | None  # rule of three when none of them does
+    drift: float | None  # macro mean of the absolute change over the tasks of likelihoods; None without such
 
 
-def aa_floor(first: Run, second: Run) -> Floor:
-    """The noise floor from two runs of the same stack on the same prompts."""
+def aa_floor(first: Run, second: Run, likelihoods: Collection[str] = ()) -> Floor:
+    """The noise floor from two runs of the same stack on the same prompts. likelihoods: tasks without answers."""
     paired = pair([first, second])
-    changes = [np.abs(s[0] - s[1]) for s in paired.scores]
-    n, flips = sum(map(len, changes)), sum(int(np.sum(c > 1e-9)) for c in changes)
-    return Floor(n, flips / n, float(np.mean([c.mean() for c in changes])), None if flips else rule_of_three(n))
+    changes = {t: np.abs(s[0] - s[1]) for t, s in zip(paired.tasks, paired.scores, strict=True)}
+    means = {t: float(c.mean()) for t, c in changes.items()}
+    answers = [change for t, c in changes.items() if t not in likelihoods for change in c]
+    drifts = [mean for t, mean in means.items() if t in likelihoods]
+    n, flips = len(answers), sum(change > 1e-9 for change in answers)
+    return Floor(
+        value=float(np.mean(list(means.values()))),
+        n=n,
+        flips=flips / n if n else math.nan,
+        bound=rule_of_three(n) if n and not flips else None,
+        drift=float(np.mean(drifts)) if drifts else None,
+    )
 
 
 def seed_means(paired: Paired) -> dict[str, np.ndarray]:

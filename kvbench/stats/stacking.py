@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvbench.stats.differences import Difference, difference, difference_of
+from kvbench.stats.differences import Difference, difference_of
 from kvbench.stats.exact import FEW_DISCORDANT, few_changes, rarely_changes, recovered, sign_flip_p, signs
 from kvbench.stats.pairing import Paired, Run, pair
 from kvbench.stats.resampling import RESAMPLES, Bootstrap, Interval, Sampled, bootstrap, percentiles
@@ -21,6 +21,7 @@ class Interaction:
     score: Interval
     logit: Interval
     p: float  # of the score, two-sided
+    doubtful: bool  # few samples depart, or fewer than 50 independent ones ran: resamples alone do not cover
 
     @property
     def nonadditive(self) -> bool:
@@ -55,7 +56,9 @@ def interaction_of(paired: Paired, drawn: Bootstrap, evicted: int, quantized: in
         parts.append((len(few) / len(departures), interval))
     weights = dict(zip(policies, signed, strict=True))
     p = sign_flip_p(list(departures.values())) if few else drawn.macro.p_value(weights)
-    return Interaction(recovered(parts), drawn.logit.contrast(weights), p)
+    shape = drawn.macro.shape(weights)
+    doubtful = bool(few) or shape is None or not shape.error or shape.doubtful
+    return Interaction(recovered(parts), drawn.logit.contrast(weights), p, doubtful)
 
 
 def interaction(
@@ -64,11 +67,6 @@ def interaction(
     """The interaction contrast of eviction and quantization on the samples that all four runs share."""
     paired = pair([evicted, quantized, both, full])
     return interaction_of(paired, bootstrap(paired, resamples=resamples, seed=seed), 0, 1, 2, 3)
-
-
-def order_effect(evict_first: Run, quantize_first: Run, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
-    """O = S(evict, then quantize) - S(quantize, then evict), paired; the runs must hold equal bytes."""
-    return difference(evict_first, quantize_first, resamples=resamples, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,7 @@ class Rate:
     coefficients: np.ndarray  # a1, a2, b1, b2, g
     g: Interval  # score per squared octave; above 0 each makes the other's damage worse
     split: Mapping[float, Interval]  # log2 C -> share of its octaves that quantization should bring
+    at_edge: frozenset[float]  # log2 C whose best share is the least or the greatest that was measured
 
 
 def interaction_rate(
@@ -143,11 +142,13 @@ def interaction_rate(
 
     point, draws = fit(scores.point[None])[0], fit(scores.draws)
     octaves = [u for u in (1.0, 2.0, 3.0, 4.0, 5.0) if u <= x.max() + y.max()]
-    split = {}
+    split, at_edge = {}, set()
     for u in octaves:
         on = np.linspace(max(0.0, u - x.max()), min(u, y.max()), 101)  # only where the grid was measured
         rest = u - on
         terms = np.stack([rest, rest**2, on, on**2, rest * on], axis=1)
-        best = on[(draws @ terms.T).argmin(axis=1)] / u
-        split[u] = percentiles(float(on[(terms @ point).argmin()] / u), best)
-    return Rate(point, percentiles(float(point[4]), draws[:, 4]), split)
+        best = int((terms @ point).argmin())
+        split[u] = percentiles(float(on[best] / u), on[(draws @ terms.T).argmin(axis=1)] / u)
+        if best in (0, len(on) - 1):
+            at_edge.add(u)
+    return Rate(point, percentiles(float(point[4]), draws[:, 4]), split, frozenset(at_edge))
