@@ -1,6 +1,7 @@
-"""Write the tables of policies in README.md from the code: docstrings, options, needs, bytes, and the recorded scores.
+"""Write what lists all policies: the tables in README.md, from docstrings, options, needs, bytes and recorded scores,
+and policies/__init__.pyi, by which type checkers and editors know the names that policies/__init__.py finds by itself.
 
-    python scripts/policy_table.py            # rewrite the tables between their markers
+    python scripts/policy_table.py            # rewrite the tables between their markers, and the stub
     python scripts/policy_table.py --check    # fail if they are out of date
 
 One row per file of conf/evict, with scores of results/evictors (`kvbench -m preset=evictors`), and per file of
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import yaml
 
+from kvbench import policies
 from kvbench.baselines import Baseline
 from kvbench.policies.interface import (
     Budgeted,
@@ -236,20 +238,39 @@ def row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the tables are up to date")
-    args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    new = text
+def stub() -> str:
+    """The text of policies/__init__.pyi."""
+    found = sorted((cls.__module__, name) for name, cls in policies.POLICIES.items())
+    framework = sorted(set(policies.__all__) - set(policies.POLICIES) - {"POLICIES"})
+    lines = ["# Written by scripts/policy_table.py."]
+    lines += [f"from {module} import {name} as {name}" for module, name in found]
+    lines += [f"from {Policy.__module__} import {name} as {name}" for name in framework]
+    head, first, *rest = lines
+    return "\n".join([head, "", *sorted([first, *rest], key=str.lower), "", "POLICIES: dict[str, type[Policy]]", ""])
+
+
+def tables(text: str) -> str:
+    """README's text with its tables anew."""
     for name, lines in (("evictors", evictors()), ("quantizers", quantizers())):
         begin, end = (marker.format(name) for marker in MARKERS)
-        before, rest = new.split(begin)
-        new = before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1]
+        before, rest = text.split(begin)
+        text = before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1]
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether all is up to date")
+    args = parser.parse_args()
+    readme, types = ROOT / "README.md", ROOT / "policies" / "__init__.pyi"
+    before = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in (readme, types)}
+    after = {readme: tables(before[readme]), types: stub()}
+    stale = [path for path in after if after[path] != before[path]]
     if args.check:
-        sys.exit(0 if new == text else "README.md: the tables are out of date; run python scripts/policy_table.py")
-    readme.write_text(new, encoding="utf-8")
+        names = " and ".join(str(path.relative_to(ROOT)) for path in stale)
+        sys.exit(f"out of date: {names}; run python scripts/policy_table.py" if stale else 0)
+    for path in stale:
+        path.write_text(after[path], encoding="utf-8")
 
 
 if __name__ == "__main__":
