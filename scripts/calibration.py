@@ -178,6 +178,19 @@ def write_artifact(file: Path, tensors: dict[str, Tensor], about: dict[str, Any]
     return len(data)
 
 
+def resumed(state_file: Path, settings: dict[str, Any], resume: bool, **empty: Any) -> dict[str, Any]:
+    """The saved state of a search with these settings, or a new one; `seconds` is what it has taken so far.
+
+    Raises ValueError where the saved one was made with other settings.
+    """
+    if not (resume and state_file.exists()):
+        return {"settings": settings, "seconds": 0.0, **empty}
+    state = json.loads(state_file.read_text())
+    if changed := [name for name in settings if state["settings"][name] != settings[name]]:
+        raise ValueError(f"{state_file} was made with other values of {', '.join(changed)}; use those, or remove it")
+    return state
+
+
 def write_json(path: Path, content: Any) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

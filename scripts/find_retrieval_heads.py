@@ -15,7 +15,6 @@ A run that was cut off goes on with --resume; the result is the same.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import time
@@ -25,13 +24,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from calibration import ROOT, load, write_json
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -53,7 +51,6 @@ from kvbench.tasks.sample import (
     place,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 NAME = "kvbench_gated"
 BLOCK = 512
 """Queries at a time in streaming attention."""
@@ -275,11 +272,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
-    source = ROOT / "kvbench" / "assets" / "proving" if args.model == "proving" else args.model
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
+    tokenizer, model = load(args)
     gates = gated(model, args.sinks, args.recent)
     if args.checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -297,9 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     alpha = [[round(x, 6) for x in row] for row in gates.alpha.tolist()]
     found = {name: getattr(args, name) for name in SETTINGS}
     found |= {**ended, "layers": list(gates.row), "alpha": alpha}
-    part = args.out.with_suffix(".part")
-    part.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(part, args.out)
+    write_json(args.out, found)
     args.out.with_suffix(".state").unlink(missing_ok=True)
     for layer, row in zip(gates.row, alpha, strict=True):
         print(f"layer {layer:3d}  " + "  ".join(f"{x:.3f}" for x in row))

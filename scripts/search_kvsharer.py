@@ -20,7 +20,6 @@ A run that was cut off goes on with --resume; the result is the same.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from itertools import combinations
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calibration import ROOT, load, samples, write_json
+from calibration import ROOT, load, resumed, samples, write_json
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -86,13 +85,7 @@ def search(model: PreTrainedModel, rows: Sequence[list[int]], args: argparse.Nam
         "text": [path.name for path in args.text] if args.text else "kvbench.corpus",
     }
     state_file = args.out.with_suffix(".state")
-    state: dict[str, Any] = {"settings": settings, "ranked": None, "tried": [], "seconds": 0.0}
-    if args.resume and state_file.exists():
-        state = json.loads(state_file.read_text())
-        if changed := [name for name in SETTINGS if state["settings"][name] != settings[name]]:
-            raise ValueError(
-                f"{state_file} was made with other values of {', '.join(changed)}; use those, or remove it"
-            )
+    state = resumed(state_file, settings, args.resume, ranked=None, tried=[])
     begin, ids = time.time() - state["seconds"], torch.tensor(rows, device=model.device)
     layers = [layer.index for layer in CompressedCache(model).policy_layers()]
     if len(layers) < 2:

@@ -21,7 +21,6 @@ that was cut off goes on with --resume; the result is the same.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from calibration import ROOT, load, write_json
+from calibration import ROOT, load, resumed, write_json
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -157,13 +156,7 @@ def search(model: PreTrainedModel, rows: Sequence[list[int]], args: argparse.Nam
     """The JSON to write. What was measured on a text is saved when it is done."""
     settings = {name: getattr(args, name) for name in SETTINGS}
     state_file = args.out.with_suffix(".state")
-    state: dict[str, Any] = {"settings": settings, "alone": [], "joint": [], "seconds": 0.0}
-    if args.resume and state_file.exists():
-        state = json.loads(state_file.read_text())
-        if changed := [name for name in SETTINGS if state["settings"][name] != settings[name]]:
-            raise ValueError(
-                f"{state_file} was made with other values of {', '.join(changed)}; use those, or remove it"
-            )
+    state = resumed(state_file, settings, args.resume, alone=[], joint=[])
     begin = time.time() - state["seconds"]
     shape = {"group_size": args.group_size, "residual": args.residual, "mode": args.mode}
     layers = [layer.index for layer in CompressedCache(model).policy_layers()]
