@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -647,12 +647,12 @@ class CompressedCache(Cache):
     def row_nbytes(self) -> Tensor:
         """[B] int64: bytes each batch row would hold alone in the full-attention layers, without spare capacity."""
         self._check_filled()
-        return torch.stack([layer.kv.row_nbytes().cpu() for layer in self.holders()]).sum(0)
+        return _total(layer.kv.row_nbytes() for layer in self.holders())
 
     def row_read_nbytes(self) -> Tensor:
         """[B] int64: bytes of keys, values and selection metadata that the last forward read of each row."""
         self._check_filled()
-        return torch.stack([layer.row_read_nbytes().cpu() for layer in self.policy_layers()]).sum(0)
+        return _total(layer.row_read_nbytes() for layer in self.policy_layers())
 
     def ledger(self) -> list[Part]:
         """Every tensor kept alive, by layer and name."""
@@ -941,6 +941,14 @@ class CompressedCache(Cache):
         slot = torch.arange(position.shape[-1], device=position.device)
         shift = (seen[:, None, None] - length + slot - position).masked_fill(position < 0, 0)
         return shift if bool(shift.any()) else None
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, on the CPU: each device is waited for once."""
+    sums: dict[torch.device, Tensor] = {}
+    for part in parts:
+        sums[part.device] = sums[part.device] + part if part.device in sums else part
+    return torch.stack([x.cpu() for x in sums.values()]).sum(0)
 
 
 def tile_of(kv: KV) -> int:

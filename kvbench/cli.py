@@ -25,6 +25,7 @@ Examples
 
 Choices
 """
+HINT = " (kvbench --help)"
 COMMANDS = ("leaderboard", "compare", "lm-eval")
 GROUPS = ("model", "task", "evict", "quant", "preset", "launcher")
 
@@ -50,7 +51,10 @@ def main() -> None:
     if problem := _problem(arguments):
         sys.exit(f"kvbench: {problem}")
     if "dry_run=true" in arguments:  # needs no other process
-        sys.argv = [sys.argv[0], *(a for a in arguments if not a.startswith("launcher="))]
+        arguments = [a for a in arguments if not a.startswith("launcher=")]
+    # Hydra would look for these fields in the default choices, also where a sweep is over others. Those there are none
+    # of are refused where task and policies are made.
+    sys.argv = [sys.argv[0], *(f"++{a}" if re.match("(task|evict|quant|sizes)[.]", a) else a for a in arguments)]
     from kvbench.sweep import application
 
     application()
@@ -60,7 +64,7 @@ def _problem(arguments: Sequence[str]) -> str | None:
     """What Hydra would answer with a traceback, its grammar, or the list of all there is."""
     first, *_ = arguments
     if re.fullmatch(r"[\w-]*\w", first) and not first.startswith("-"):
-        return f"there is no command {first!r}{_meant(first, COMMANDS)}"
+        return f"there is no command {first!r}{meant(first, COMMANDS, HINT)}"
     if {"-m", "--multirun"} & {*arguments} and {"-c", "--cfg"} & {*arguments}:
         return "--cfg shows one configuration: leave out -m, or list the cells of the sweep with dry_run=true"
     if any(a.startswith(("-cd", "-cn", "-cp", "--config-", "hydra.searchpath")) for a in arguments):
@@ -68,13 +72,14 @@ def _problem(arguments: Sequence[str]) -> str | None:
     for group, _, values in (a.partition("=") for a in arguments):
         for value in values.split(",") if group in GROUPS else ():
             if re.fullmatch(r"[\w-]+", value) and value not in (known := _names(group)):
-                return f"{group}={value} is none of the choices{_meant(value, known)}"
+                return f"{group}={value} is none of the choices{meant(value, known, HINT)}"
     return None
 
 
-def _meant(word: str, known: Sequence[str]) -> str:
+def meant(word: str, known: Sequence[str], hint: str = "") -> str:
+    """How a message about a word that is not known ends."""
     close = get_close_matches(word, known)
-    return f": did you mean {' or '.join(close)}? (kvbench --help)" if close else f"; there are {', '.join(known)}"
+    return f": did you mean {' or '.join(close)}?{hint}" if close else f"; there are {', '.join(known)}"
 
 
 def _names(group: str) -> list[str]:

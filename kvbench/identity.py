@@ -1,4 +1,4 @@
-"""Of which prompts and which model a cell's numbers are: cheap to know, so that others do not pass for the same.
+"""Of which prompts, model, commit and device a cell's numbers are: cheap to know, so that others do not pass for these.
 
 A cell is named by its configuration, which names data and models; what lies under a name may be replaced. Of a local
 model only the ends of each weight file are read: training moves all weights.
@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvbench.answer import Prompt
+from kvbench.kernels.choice import chosen
 
 _END = 2**20  # bytes of a weight file's beginning and end
 _WEIGHTS = (".safetensors", ".bin")
@@ -40,6 +45,32 @@ def identity(prompts: Sequence[Prompt], source: str, config: PreTrainedConfig) -
     local = model_sha256(Path(source)) if Path(source).is_dir() else ""
     revision = getattr(config, "_commit_hash", None) or ""
     return Identity(hashlib.sha256(names.encode()).hexdigest(), local, revision)
+
+
+def environment(model: PreTrainedModel) -> dict[str, Any]:
+    """What runs a model here; further fields of `kvbench.results.Provenance`."""
+    device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {
+        "commit": commit(),
+        "versions": {
+            "kvbench": version("kvbench"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else device,
+        "backend": chosen(model.device),
+    }
+
+
+def commit() -> str:
+    """The commit of the checkout kvbench runs from, "+" if it has changes; empty when it is installed otherwise."""
+    try:
+        here = Path(__file__).resolve().parent
+        ask = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+        return subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def model_sha256(folder: Path) -> str:

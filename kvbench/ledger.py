@@ -10,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kvbench.cache import CompressedCache
+    from kvbench.policies.interface import KV
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,13 @@ def full_nbytes(layer: Any) -> int:
     """What 16-bit keys and values of every real token this layer has seen (sliding-window layers: holds) would take."""
     kv = getattr(layer, "kv", None)
     if kv is not None:
-        return 2 * sum(held.shape[1] * held.shape[3] for held in (kv.keys, kv.values)) * int(layer.seen.sum())
+        return full_token_nbytes(kv) * int(layer.seen.sum())
     return sum(2 * t.numel() for t in (layer.keys, layer.values) if t is not None)
+
+
+def full_token_nbytes(kv: KV) -> int:
+    """What 16-bit keys and values of one token take in one layer."""
+    return 2 * sum(held.shape[1] * held.shape[3] for held in (kv.keys, kv.values))
 
 
 def report(cache: CompressedCache) -> str:

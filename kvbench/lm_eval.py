@@ -36,12 +36,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from kvbench.answer import forward, full_row_nbytes, left_pad
+from kvbench.answer import bytes_now, forward, left_pad
 from kvbench.cache import CompressedCache, signals
+from kvbench.engine import exact_prefill
 from kvbench.parse import parse
 from kvbench.policies.interface import Policy, Selector, Stack
 
-PREFILL_CHUNK = 8192
 _MADE_BY = "kvbench"  # the entry of a response cache that says whose responses it holds
 
 # A child of lm-eval's logger, which has the handler.
@@ -115,7 +115,7 @@ class KvbenchLM(HFLM):
         mask = generation_kwargs["attention_mask"]
         if context.shape[1] > 1:
             cache = self._prefilled(context[:, :-1], mask[:, :-1], context[:, -1])
-            begun = _measured(cache)
+            begun = bytes_now(cache, self.model)
         else:
             cache, begun = self._new_cache(self.policy), None
         out = super()._model_generate(context, max_length, stop, past_key_values=cache, **generation_kwargs)
@@ -197,7 +197,7 @@ class KvbenchLM(HFLM):
             cache = compressed.copy()
             if rows.tolist() != list(range(len(contexts))):
                 cache.batch_select_indices(rows)
-            begun = _measured(cache)
+            begun = bytes_now(cache, self.model)
             longest = max(len(part.held_back) for part in parts)
             results += self._feed(cache, mask[rows], parts, self._step(longest))
             self._note("loglikelihood", [part[1:] for part in parts], cache, begun)
@@ -248,13 +248,8 @@ class KvbenchLM(HFLM):
                 cache = self._new_cache(self.policy)
                 forward(self.model, cache, ids, mask, logits=1)
                 return cache
-            record = CompressedCache(
-                self.model, self.policy.sharing, tokenizer=self.tokenizer, needs=signals([self.policy])
-            )
-            with record.deferred():
-                for start in range(0, ids.shape[1], PREFILL_CHUNK):
-                    end = start + PREFILL_CHUNK
-                    forward(self.model, record, ids[:, start:end], mask[:, :end], logits=1)
+            needs = signals([self.policy])
+            record = exact_prefill(self.model, self.tokenizer, self.policy.sharing, needs, ids, mask)
             record.next_token = next_token
             return record.fork(self.policy)
 
@@ -271,8 +266,8 @@ class KvbenchLM(HFLM):
         cache: CompressedCache,
         begun: list[tuple[int, int, int]] | None = None,
     ) -> None:
-        """One row per prompt (prefix, held back, labels). begun: `_measured` at the end of a prefill, if there was."""
-        ended = _measured(cache)
+        """One row per prompt (prefix, held back, labels). begun: `bytes_now` at the end of a prefill, if there was."""
+        ended = bytes_now(cache, self.model)
         for prompt, at_first, at_last in zip(prompts, begun or ended, ended, strict=True):
             (held, full, _), (held_final, full_final, read_final) = at_first, at_last
             self.rows.append(
@@ -326,12 +321,6 @@ class KvbenchLM(HFLM):
                 )
             responses[_MADE_BY] = ours
         super().set_cache_hook(cache_hook)
-
-
-def _measured(cache: CompressedCache) -> list[tuple[int, int, int]]:
-    """Per row: bytes held, bytes of the 16-bit full cache, bytes that the last forward read."""
-    parts = (cache.row_nbytes(), full_row_nbytes(cache), cache.row_read_nbytes())
-    return list(zip(*(part.tolist() for part in parts), strict=True))
 
 
 def main(arguments: Sequence[str]) -> None:

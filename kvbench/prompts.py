@@ -170,12 +170,14 @@ def _tokenized(task: Task, tokenizer: PreTrainedTokenizerBase, folder: Path | No
 
 
 def _build(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Tokenized], list[Read]]:
-    """The samples, each with a note in meta["data"] of what was read for them all."""
+    """The samples, each with a note in meta["data"] of what was read for them all, and in meta["truncated_tokens"]."""
     built = []
     with noted() as reads:
         samples = task.samples(tokenizer)
+    # Tasks of kvbench that cut prompts say how much; what others do is not known.
+    whole = {"truncated_tokens": 0} if _is_ours(task) else {}
     data = {"data": sorted({read.origin for read in reads})} if reads else {}
-    for sample in (replace(sample, meta={**sample.meta, **data}) for sample in samples):
+    for sample in (replace(sample, meta={**whole, **sample.meta, **data}) for sample in samples):
         segments = sample.segments(tokenizer)
         sample.choice_tokens(tokenizer)  # refuses what this tokenizer cuts
         known = sample.references[0] if task.kind != "generate" and sample.references else ""
@@ -186,6 +188,10 @@ def _build(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Tokeniz
         # Through JSON, so that a sample is the same whether or not it was kept.
         built.append(Tokenized.of(_sample(json.loads(json.dumps(asdict(sample)))), pieces))
     return built, reads
+
+
+def _is_ours(task: Task) -> bool:
+    return type(task).__module__.startswith("kvbench.tasks.")
 
 
 def needle_tokens(sample: Sample, tokenizer: PreTrainedTokenizerBase, context_tokens: int) -> list[tuple[int, int]]:
@@ -210,7 +216,7 @@ def needle_tokens(sample: Sample, tokenizer: PreTrainedTokenizerBase, context_to
 def _key(task: Task, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A hash of what the task's prompts depend on, or None where that cannot be known."""
     kind, backend = type(task), getattr(tokenizer, "backend_tokenizer", None)
-    if not kind.__module__.startswith("kvbench.tasks.") or not is_dataclass(task) or backend is None:
+    if not _is_ours(task) or not is_dataclass(task) or backend is None:
         return None
     values = {f.name: getattr(task, f.name) for f in fields(task)}
     named = {name: _contents(Path(value)) for name, value in values.items() if isinstance(value, str | Path) and value}

@@ -95,7 +95,9 @@ class Sample(_Record):
     )
     kv_bytes_full: Annotated[int, Field(gt=0)]  # 16-bit full cache, end of prefill
     kv_bytes_full_final: Annotated[int, Field(gt=0)]
-    kv_bytes_peak: Bytes | None = None  # most held between the end of prefill and the end of the answer
+    # The most held after any forward, from the end of prefill to the end of the answer. Older cells: the most at looks
+    # every so many tokens (`trace` of the task, else 16), which may be less.
+    kv_bytes_peak: Bytes | None = None
     # CUDA only: the most memory that was allocated from the compression to the end of the answer of the sample's batch,
     # above what was there before (weights, the prefill that all stacks share).
     peak_bytes: Bytes | None = None

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import inspect
 import json
 import os
-import platform
-import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -27,25 +27,29 @@ import hydra
 import torch
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import CompactHydraException, InstantiationException
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from kvbench import tasks
 from kvbench.answer import Prompt, Run, Task
+from kvbench.cli import GROUPS, meant
+from kvbench.display import Display
 from kvbench.engine import PREFILL_CHUNK, RECORDS, batches_for, context_limit, run_stacks
-from kvbench.identity import Identity, identity
-from kvbench.kernels.choice import chosen
+from kvbench.identity import Identity, environment, identity
 from kvbench.policies.full import Full
 from kvbench.policies.interface import Policy, Stack
 from kvbench.prompts import cache_folder, prepare
-from kvbench.results import ResultsError, canonical, cell_id, stored_cell, write_cell
+from kvbench.results import Cell, ResultsError, canonical, cell_id, stored_cell, write_cell
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Tokens, of the second run of the full cache: sums are ordered otherwise even for a prompt that is a batch by itself in
 # both runs. No multiple of the tiles of kernels, which have powers of two rows.
 SECOND_CHUNK = 1000
+TASKS = tuple(name for name in tasks.__all__ if name not in ("Sample", "Turn"))  # the classes that `sizes` names
 
 
 class UserError(SystemExit):
@@ -57,7 +61,10 @@ class UserError(SystemExit):
 
 @dataclass(frozen=True)
 class Plan:
-    """One cell to run. `group`: cells with an equal one share prefills. prompts: where to keep prepared ones, if so."""
+    """One cell to run. `group`: cells with an equal one share prefills. prompts: where to keep prepared ones, if so.
+
+    apart: how its task differs from others of the run that have the same name.
+    """
 
     config: dict[str, Any]
     policy: Policy
@@ -70,6 +77,7 @@ class Plan:
     out: Path
     wandb: dict[str, Any]
     device_map: Any = None
+    apart: str = ""
 
     @property
     def id(self) -> str:
@@ -90,9 +98,26 @@ class Plan:
         return canonical([self.model, self.config["task"], self.config["query_aware"]])
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What a task of one name may be run with, under the names of the command line."""
+        parts = {part: self.config[part] for part in ("model", "task")}
+        fields = {f"{part}.{k}": v for part, values in parts.items() for k, v in values.items()}
+        told = "model.name", "model.batch_size", "task.name", "task.kind"  # by the path, or in the label
+        common = {k: self.config[k] for k in ("query_aware", "seed")}
+        return {**{k: v for k, v in fields.items() if k not in told}, **common}
+
+    @property
+    def task_label(self) -> str:
+        return f"{self.task.name} {self.apart}".rstrip()
+
+    @property
     def label(self) -> str:
         second = ", second run" if "batch_size" in self.config["model"] else ""
-        return f"{self.task.name} {self.config['policy']['stack']}{second}"
+        return f"{self.task_label} {self.config['policy']['stack']}{second}"
+
+    def ended(self, reason: str | None) -> str:
+        """Which cell it is, and why it is not done."""
+        return f"{self.label}: {(reason or '').removeprefix(self.config['policy']['stack'] + ': ')}"
 
     @property
     def partial(self) -> Path:
@@ -121,9 +146,53 @@ def application() -> None:
         else:
             run_jobs([config])
 
-    hydra.main(version_base="1.3", config_path="pkg://kvbench.conf", config_name="config")(job)()
+    with _one_line_refusals(), _composed_once():
+        hydra.main(version_base="1.3", config_path="pkg://kvbench.conf", config_name="config")(job)()
     if jobs:
         run_jobs(jobs)
+
+
+@contextmanager
+def _composed_once() -> Iterator[None]:
+    """Hydra composes all configs of a sweep to see whether it can, and once more to launch them, which takes most of a
+    dry run's time. Its own launcher, which only collects them here, needs no such check."""
+    hydras: Any = Sweeper
+    usual = hydras.validate_batch_is_legal
+
+    def elsewhere(sweeper: Any, batch: Any) -> None:
+        if type(sweeper.launcher).__name__ != "BasicLauncher":
+            usual(sweeper, batch)
+
+    hydras.validate_batch_is_legal = elsewhere
+    try:
+        yield
+    finally:
+        hydras.validate_batch_is_legal = usual
+
+
+@contextmanager
+def _one_line_refusals() -> Iterator[None]:
+    """What Hydra refuses is said in one line, where Hydra itself prints several; HYDRA_FULL_ERROR=1: its traceback."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        yield
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and does not print
+    try:
+        yield
+    except CompactHydraException as error:
+        raise UserError(_refusal(error)) from error
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _refusal(error: CompactHydraException) -> str:
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
+        top = () if "." in str(cause.full_key) else GROUPS
+        known = [str(key) for key in (*cause.parent_node, *top) if not str(key).startswith("_")]
+        return f"there is no option {cause.full_key}{meant(str(cause.key), known) if known else ''}"
+    more = str(cause).splitlines()[:1] if isinstance(cause, OmegaConfBaseException) else []
+    return " ".join([*str(error).split(), *more])
 
 
 def run_jobs(configs: Sequence[DictConfig]) -> None:
@@ -136,12 +205,13 @@ def run_jobs(configs: Sequence[DictConfig]) -> None:
             asked.append(needed[0].id)
             for plan in needed:
                 plans.setdefault(plan.id, plan)
-        stored = {p.id: cell.provenance.model_dump() for p in plans.values() if (cell := stored_cell(p.out, p.id))}
+        plans = _told_apart(plans)
+        stored = {p.id: cell for p in plans.values() if (cell := stored_cell(p.out, p.id))}
         dry = any(config.dry_run for config in configs)
         looks = _look([plan for plan in plans.values() if dry or plan.id in stored])
         _refuse_others([plan for plan in plans.values() if plan.id in stored], stored, looks)
         if dry:
-            _list(list(plans.values()), set(stored), looks)
+            _list(list(plans.values()), stored, looks)
             return
         groups: dict[str, list[Plan]] = {}
         for plan in plans.values():
@@ -149,13 +219,15 @@ def run_jobs(configs: Sequence[DictConfig]) -> None:
                 groups.setdefault(plan.group, []).append(plan)
         if stored:
             print(f"{len(stored)} of {len(plans)} cells are already there")
+            for plan, cell in ((plans[i], cell) for i, cell in stored.items() if cell.status != "done"):
+                print(f"{cell.status}: {plan.ended(cell.reason)}")
         skipped: dict[str, str] = {}
         failed: list[Plan] = []
         if groups:
             new, skipped = _run_groups(list(groups.values()))
             if skipped and not new:
-                raise UserError(next(iter(skipped.values())))
-            _summarize(new, set(asked))
+                raise UserError(_skipped(skipped) if len(skipped) > 1 else next(iter(skipped.values())))
+            _summarize(new, [plans[i] for i in dict.fromkeys(asked)])
             failed = [plans[c["cell_id"]] for c in new if c["status"] == "failed" and not c["samples"]]
         for folder in sorted({str(p.out) for p in plans.values()}):
             print(f"next: kvbench leaderboard {folder}")
@@ -166,6 +238,22 @@ def run_jobs(configs: Sequence[DictConfig]) -> None:
             ends.append(f"cells failed: {len(failed)} ({names}); {logs}the same command tries them again")
         if ends:
             raise UserError("\n".join(ends))
+
+
+def _told_apart(plans: Mapping[str, Plan]) -> dict[str, Plan]:
+    """The same plans; where tasks of one name differ, they say how."""
+    values: dict[tuple[str, str], set[str]] = {}
+    for plan in plans.values():
+        for setting, value in plan.settings.items():
+            values.setdefault((plan.task.name, setting), set()).add(canonical(value))
+
+    def apart(plan: Plan) -> str:
+        differ = {k: v for k, v in plan.settings.items() if len(values[plan.task.name, k]) > 1}
+        if differ.get("task.seed") == plan.config["seed"]:  # as always, unless it is given by itself
+            del differ["task.seed"]
+        return " ".join(f"{k}={v}" for k, v in differ.items())
+
+    return {name: dataclasses.replace(plan, apart=apart(plan)) for name, plan in plans.items()}
 
 
 def _skipped(reasons: Mapping[str, str]) -> str:
@@ -182,31 +270,35 @@ class Look:
 
 def _look(plans: Sequence[Plan]) -> dict[str, Look]:
     """By `Plan.material`; prompts come from where prepared ones are kept, or are kept there now."""
+    if not plans:
+        return {}
     looks: dict[str, Look] = {}
     loaded: tuple[str, Any] = ("", None)
-    for plan in plans:
-        if plan.material in looks:
-            continue
-        path, revision = plan.model["path"], plan.model.get("revision")
-        try:
-            if loaded[0] != canonical(plan.model):
-                with _loading(path):
-                    source = {"pretrained_model_name_or_path": _source(path), "revision": revision or "main"}
-                    loaded = canonical(plan.model), (
-                        AutoTokenizer.from_pretrained(**source), AutoConfig.from_pretrained(**source)
-                    )  # fmt: skip
-            tokenizer, config = loaded[1]
-            prompts = prepare(plan.task, tokenizer, plan.config["query_aware"], context_limit(config), plan.prompts)
-        except (ValueError, UserError) as error:
-            looks[plan.material] = Look(Identity(), str(error).removeprefix("kvbench: ").splitlines()[0])
-            continue
-        looks[plan.material] = Look(identity(prompts, _source(path), config))
+    todo = {plan.material: plan for plan in plans}
+    with Display(transient=True) as display:
+        for material, plan in todo.items():
+            display.step(f"prompts of {plan.task_label}", len(todo))
+            path, revision = plan.model["path"], plan.model.get("revision")
+            try:
+                if loaded[0] != canonical(plan.model):
+                    with _loading(path):
+                        source = {"pretrained_model_name_or_path": _source(path), "revision": revision or "main"}
+                        loaded = canonical(plan.model), (
+                            AutoTokenizer.from_pretrained(**source), AutoConfig.from_pretrained(**source)
+                        )  # fmt: skip
+                tokenizer, config = loaded[1]
+                prompts = prepare(plan.task, tokenizer, plan.config["query_aware"], context_limit(config), plan.prompts)
+                looks[material] = Look(identity(prompts, _source(path), config))
+            except (ValueError, UserError) as error:
+                looks[material] = Look(Identity(), str(error).removeprefix("kvbench: ").splitlines()[0])
+            display.advance(1)
     return looks
 
 
-def _refuse_others(plans: Sequence[Plan], stored: Mapping[str, dict[str, Any]], looks: Mapping[str, Look]) -> None:
+def _refuse_others(plans: Sequence[Plan], stored: Mapping[str, Cell], looks: Mapping[str, Look]) -> None:
     """Cells bear the names of data and model: what has changed under the same name must not pass for the same."""
-    found = {p.id: differ for p in plans if (differ := looks[p.material].identity.differences(stored[p.id]))}
+    noted = {p.id: stored[p.id].provenance.model_dump() for p in plans}
+    found = {p.id: differ for p in plans if (differ := looks[p.material].identity.differences(noted[p.id]))}
     if not found:
         return
     plan = next(p for p in plans if p.id in found)
@@ -218,14 +310,16 @@ def _refuse_others(plans: Sequence[Plan], stored: Mapping[str, dict[str, Any]], 
     )
 
 
-def _list(plans: Sequence[Plan], stored: set[str], looks: Mapping[str, Look]) -> None:
+def _list(plans: Sequence[Plan], stored: Mapping[str, Cell], looks: Mapping[str, Look]) -> None:
     """What a sweep would do, cell by cell."""
     for plan in plans:
-        missing = looks[plan.material].missing
-        state = "there" if plan.id in stored else "to run" if missing is None else "no prompts"
-        print(f"{state:<10}  {plan.label}")
+        cell, missing = stored.get(plan.id), looks[plan.material].missing
+        if cell is not None and cell.status != "done":
+            print(f"{cell.status:<10}  {plan.ended(cell.reason)}")
+        else:
+            print(f"{'there' if cell else 'to run' if missing is None else 'no prompts':<10}  {plan.label}")
     to_run = [p for p in plans if p.id not in stored]
-    without = {p.task.name: reason for p in to_run if (reason := looks[p.material].missing) is not None}
+    without = {p.task_label: reason for p in to_run if (reason := looks[p.material].missing) is not None}
     groups = len({plan.group for plan in to_run})
     print(f"{len(plans)} cells: {len(stored)} there, {len(to_run)} to run; groups that share prefills: {groups}")
     if without:
@@ -235,8 +329,9 @@ def _list(plans: Sequence[Plan], stored: set[str], looks: Mapping[str, Look]) ->
 def plan_cells(config: DictConfig) -> list[Plan]:
     """The cell a config asks for, the full cache on the same prompts, and that once more (the A/A noise floor)."""
     choices = config.hydra.runtime.choices
-    sizes = config.sizes.get(config.task._target_.rpartition(".")[2]) or {}
-    task = hydra.utils.instantiate(config.task, **sizes)
+    task = _make_task(config)
+    if OmegaConf.is_missing(config.model, "path"):
+        raise UserError(f"model={choices.model} needs model.path=OWNER/NAME (on the Hub) or model.path=FOLDER")
     evict = make_evictor(config.evict, _budget(config, choices.evict))
     quant = hydra.utils.instantiate(config.quant)
     members = [p for p in (evict, quant) if not isinstance(p, Full)]
@@ -280,6 +375,52 @@ def plan_cells(config: DictConfig) -> list[Plan]:
     return plans
 
 
+def _make_task(config: DictConfig) -> Any:
+    """The task, with its class's `sizes` where the command line does not set the field itself."""
+    kind, name = config.task._target_.rpartition(".")[2], config.hydra.runtime.choices.task
+    given = [(override, override.lstrip("+~").partition("=")[0].split(".")) for override in config.hydra.overrides.task]
+    _refuse_unknown(config, [key[0] for override, key in given if override.startswith("+")], kind)
+    typed = {key[1] for _, key in given if key[0] == "task" and key[1:]}
+    sizes = {k: v for k, v in (config.sizes.get(kind) or {}).items() if k not in typed}
+    try:
+        return hydra.utils.instantiate(config.task, **sizes)
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, TypeError):
+            raise
+        known = [*inspect.signature(hydra.utils.get_class(config.task._target_)).parameters]
+        for field in (str(k) for k in (*sizes, *config.task) if k not in known and not k.startswith("_")):
+            where = f"sizes.{kind}.{field}" if field in sizes else f"task.{field}"
+            others = [other for other in TASKS if field in inspect.signature(getattr(tasks, other)).parameters]
+            advice = (
+                f" (++sizes.<Class>.{field}= sets it for a class that has it: {', '.join(others)})" if others else ""
+            )
+            raise UserError(
+                f"{where}: task={name} ({kind}) has no field {field}{meant(field, known)}{advice}"
+            ) from error
+        raise
+
+
+def _refuse_unknown(config: DictConfig, added: Sequence[str], kind: str) -> None:
+    """Misspelt names that Hydra takes: options added with + or ++, and classes of `sizes`."""
+    if {source.provider for source in config.hydra.runtime.config_sources} - {"hydra", "main", "schema"}:
+        return  # configs from elsewhere may have options and tasks of their own
+    known = _options(config.hydra.runtime.choices.preset)
+    for option in added:
+        if option not in known:
+            raise UserError(f"there is no option {option}{meant(option, known)}")
+    for other in map(str, config.sizes):
+        if other not in (kind, *TASKS):
+            raise UserError(f"sizes.{other}: there is no class of tasks {other}{meant(other, TASKS)}")
+
+
+@lru_cache
+def _options(preset: str | None) -> tuple[str, ...]:
+    """What stands at the top of the command line, with those of a preset."""
+    names = ("config", f"preset/{preset}") if preset else ("config",)
+    ours = [OmegaConf.create(files("kvbench.conf").joinpath(f"{name}.yaml").read_text()) for name in names]
+    return tuple(sorted({*GROUPS, *(str(key) for own in ours for key in own)} - {"defaults"}))
+
+
 def make_evictor(config: DictConfig, budget: dict[str, Any]) -> Policy:
     """The policy of a file of conf/evict; a wrapper's budget is that of the evictor it wraps."""
     return hydra.utils.instantiate(config, **({"base": budget} if "base" in config else budget))
@@ -289,38 +430,19 @@ def _budget(config: DictConfig, evict: str) -> dict[str, Any]:
     if evict == "full":
         return {}
     if (config.budget is None) == (config.memory is None):
-        raise UserError(
-            f"evict={evict} needs one of memory= (share of bytes) or budget= (tokens or share of the prompt)"
-        )
+        asks = "needs one of" if config.budget is None else "takes only one of"
+        raise UserError(f"evict={evict} {asks} memory= (share of bytes) or budget= (tokens or share of the prompt)")
     budget = {"memory": config.memory} if config.budget is None else {"budget": config.budget}
     return budget if config.block is None else {**budget, "block": config.block}
 
 
 def _run_groups(groups: list[list[Plan]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The cells of all groups, and why tasks were skipped, by their names."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
+    """The cells of all groups, and why tasks were skipped, by their labels."""
     cells: list[dict[str, Any]] = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
     loaded: tuple[str, Any] = ("", None)
     prepared: tuple[str, list[Prompt]] = ("", [])
     skipped: dict[str, str] = {}
-    with Progress(*columns) as progress, _tracker(groups[0][0].wandb) as track, Claims() as claims:
-        bar = progress.add_task("sweep", total=None)
+    with Display() as display, _tracker(groups[0][0].wandb) as track, Claims() as claims:
         sizes: list[int] = []
         for i, planned in enumerate(groups):
             group = claims.enter(planned)
@@ -328,32 +450,38 @@ def _run_groups(groups: list[list[Plan]]) -> tuple[list[dict[str, Any]], dict[st
                 continue
             model_config = {**group[0].model, "device_map": group[0].device_map}
             if loaded[0] != canonical(model_config):
-                progress.update(bar, description=f"loading {model_config['name']}")
+                display.step(f"loading {model_config['name']}")
                 loaded = (canonical(model_config), load_model(**model_config))
             model, tokenizer = loaded[1]
             first, task = group[0], group[0].task
             if prepared[0] != first.material:
-                progress.update(bar, description=f"prompts of {task.name}")
+                display.step(f"prompts of {first.task_label}")
                 limit = context_limit(model.config)
                 try:
                     made = prepare(task, tokenizer, first.config["query_aware"], limit, first.prompts)
                     prepared = first.material, made
                 except ValueError as error:  # no data, or too long for this model: other tasks can do without
-                    skipped[task.name] = str(error).splitlines()[0]
+                    skipped[first.task_label] = str(error).splitlines()[0]
                     continue
             prompts = prepared[1]
             each = len(batches_for(model, task, prompts, first.batch_size, first.batch_tokens))
             sizes.append(each * len(group))
             later = each * sum(len(g) for g in groups[i + 1 :])
-            progress.update(bar, description=f"{task.name} × {len(group)} stacks", total=sum(sizes) + later)
+            what = f"{first.task_label} × {len(group)} stacks"
+            display.show(what, sum(sizes) + later)
             started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            ran_on = identity(prompts, _source(first.model["path"]), model.config)
-            runs = _run_group(model, tokenizer, group, prompts, ran_on, lambda n: progress.advance(bar, n))
+            begin = time.perf_counter()
+            read = identity(prompts, _source(first.model["path"]), model.config)
+            ran_on = {**environment(model), **dataclasses.asdict(read)}
+            runs = _run_group(model, tokenizer, group, prompts, ran_on, display.advance)
             for plan, run in zip(group, runs, strict=True):
-                cell = _store(plan, run, _to_cell(plan, run, started, model, ran_on))
+                cell = _store(plan, run, _to_cell(plan, run, started, ran_on))
+                if cell["status"] != "done":
+                    display.say(f"{cell['status']}: {plan.ended(cell['reason'])}")
                 track(cell)
                 cells.append(cell)
-            progress.update(bar, completed=sum(sizes))
+            display.complete(sum(sizes))
+            display.log(f"{what}: {time.perf_counter() - begin:.1f} s; group {i + 1} of {len(groups)}")
     for group in groups:
         for folder in (group[0].partial.parent, group[0].log.parent):
             with suppress(OSError):  # another process keeps something there, or a cell has failed
@@ -400,7 +528,7 @@ def _run_group(
     tokenizer: PreTrainedTokenizerBase,
     group: list[Plan],
     prompts: list[Prompt],
-    ran_on: Identity,
+    ran_on: dict[str, Any],
     advance: Any,
 ) -> list[Run]:
     """Runs a group, keeping finished batches on disk so that a killed sweep repeats nothing."""
@@ -409,7 +537,7 @@ def _run_group(
         path = group[index].partial
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**dataclasses.asdict(run), "identity": dataclasses.asdict(ran_on)}) + "\n")
+            file.write(json.dumps({**dataclasses.asdict(run), "ran_on": ran_on}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -427,8 +555,11 @@ def _run_group(
     )  # fmt: skip
 
 
-def _finished(path: Path, ran_on: Identity) -> list[Run]:
-    """The batches of this model that are kept; what a dying process left of a line is cut off, as more will follow."""
+def _finished(path: Path, ran_on: Mapping[str, Any]) -> list[Run]:
+    """The batches that were run so; others run again, as a cell is of one commit and device.
+
+    What a dying process left of a line is cut off, as more will follow.
+    """
     if not path.exists():
         return []
     kept = path.read_bytes()
@@ -439,7 +570,7 @@ def _finished(path: Path, ran_on: Identity) -> list[Run]:
     for line in kept[:whole].splitlines():
         with suppress(ValueError):  # two lines in one, which earlier versions could leave
             part = json.loads(line)
-            if not ran_on.differences(part.pop("identity", {})):
+            if part.pop("ran_on", None) == ran_on:
                 runs.append(Run(**part))
     return runs
 
@@ -485,7 +616,7 @@ def _store(plan: Plan, run: Run, cell: dict[str, Any]) -> dict[str, Any]:
     return cell
 
 
-def _to_cell(plan: Plan, run: Run, started: str, model: PreTrainedModel, ran_on: Identity) -> dict[str, Any]:
+def _to_cell(plan: Plan, run: Run, started: str, ran_on: Mapping[str, Any]) -> dict[str, Any]:
     status, reason = "done", None
     if run.failed is not None:
         status, reason = "failed", run.failed
@@ -502,18 +633,9 @@ def _to_cell(plan: Plan, run: Run, started: str, model: PreTrainedModel, ran_on:
         "status": status,
         "reason": reason,
         "provenance": {
-            "commit": commit(),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "versions": {
-                "kvbench": version("kvbench"),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": version("transformers"),
-            },
-            **dataclasses.asdict(ran_on),
+            **ran_on,
             "prefill_chunk": plan.prefill_chunk,
-            "device": _device(model),
-            "backend": chosen(model.device),
             "fallbacks": run.fallbacks,
             "started": started,
             "seconds": run.seconds,
@@ -521,22 +643,6 @@ def _to_cell(plan: Plan, run: Run, started: str, model: PreTrainedModel, ran_on:
         "samples": run.rows,
         "checks": run.checks,
     }
-
-
-def commit() -> str:
-    """The commit of the checkout kvbench runs from, "+" if it has changes; empty when it is installed otherwise."""
-    try:
-        here = Path(__file__).resolve().parent
-        ask = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-        return subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _device(model: PreTrainedModel) -> str:
-    if model.device.type == "cuda":
-        return torch.cuda.get_device_name(model.device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 @contextmanager
@@ -565,18 +671,13 @@ def _tracker(config: dict[str, Any]) -> Iterator[Any]:
         yield log
 
 
-def _summarize(cells: list[dict[str, Any]], asked: set[str]) -> None:
-    """What became of the new cells; a few are shown one by one."""
-    for cell in cells if len(cells) <= 12 else []:
-        rows, policy = cell["samples"], cell["config"]["policy"]
-        if rows and cell["cell_id"] in asked:
-            held, full = (sum(r[k] for r in rows) for k in ("kv_bytes_prefill_end", "kv_bytes_full"))
-            score = sum(r["score"] for r in rows) / len(rows)
-            task = cell["config"]["task"]["name"]
-            print(f"{task}  {policy['stack']}  score {score:.3f} at {held / full:.3f} of the bytes")
-    for cell in cells:
-        if cell["status"] != "done":
-            print(f"{cell['status']}: {cell['config']['task']['name']}: {cell['reason']}")
+def _summarize(cells: list[dict[str, Any]], asked: Sequence[Plan]) -> None:
+    """What became of the new cells; the scores of a few are shown one by one."""
+    new = {cell["cell_id"]: cell["samples"] for cell in cells if len(cells) <= 12}
+    for plan, rows in ((plan, rows) for plan in asked if (rows := new.get(plan.id))):
+        held, full = (sum(r[k] for r in rows) for k in ("kv_bytes_prefill_end", "kv_bytes_full"))
+        score = sum(r["score"] for r in rows) / len(rows)
+        print(f"{plan.label}  score {score:.3f} at {held / full:.3f} of the bytes")
     print(f"{sum(c['status'] == 'done' for c in cells)} new cells")
 
 

@@ -53,9 +53,9 @@ import kvbench
 from kvbench import CompressedCache
 from kvbench.cache import PolicyLayer, signals
 from kvbench.corpus import document
+from kvbench.identity import commit
 from kvbench.policies import Full, Policy
 from kvbench.probes import save_modules
-from kvbench.sweep import commit
 
 LONG_S = 5.0
 """A fork that takes so long is run once: tracking its memory slows each torch call by microseconds."""

@@ -45,10 +45,11 @@ from kvbench import CompressedCache
 from kvbench.baselines import Baseline, BaselineError, held_nbytes, quantized_cache
 from kvbench.cache import tile_of
 from kvbench.corpus import document
+from kvbench.identity import commit
 from kvbench.kernels.attention import attend, attend_tiles
 from kvbench.kernels.rotation import rotate
 from kvbench.policies import KV, Full, Mixed, Quantizer, Step
-from kvbench.sweep import commit, load_model
+from kvbench.sweep import load_model
 
 
 def packs_everything(policy: Quantizer) -> Quantizer:

@@ -35,9 +35,10 @@ from bench_sweep import stacks
 from tqdm import tqdm
 
 from kvbench.engine import run_stacks
+from kvbench.identity import commit
 from kvbench.policies import Full, Policy
 from kvbench.prompts import prepare
-from kvbench.sweep import commit, load_model
+from kvbench.sweep import load_model
 from kvbench.tasks import Ruler
 from kvbench.tasks.ruler import SUBTASKS
 

@@ -25,8 +25,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import kvbench
 from kvbench.engine import run_stacks
+from kvbench.identity import commit
 from kvbench.policies import H2O, KIVI, NVFP4, Full, KeyDiff, Policy, Random, SnapKV, Stack, StreamingLLM
-from kvbench.sweep import commit
 from kvbench.tasks import Recall
 
 

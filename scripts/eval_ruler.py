@@ -18,8 +18,9 @@ import torch
 import transformers
 
 from kvbench.engine import run_stacks
+from kvbench.identity import commit
 from kvbench.policies.full import Full
-from kvbench.sweep import DTYPES, commit, load_model
+from kvbench.sweep import DTYPES, load_model
 from kvbench.tasks.ruler import SUBTASKS, VARIANTS, Ruler
 
 ROOT = Path(__file__).resolve().parents[1]

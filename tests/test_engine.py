@@ -3,18 +3,34 @@
 import gc
 import math
 import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, cache_utils
 
-from kvbench import baselines, engine
+from kvbench import CompressedCache, baselines, engine
+from kvbench import answer as answering
 from kvbench.answer import Prompt, Run
 from kvbench.baselines import Baseline, quantized_cache
 from kvbench.cache import PolicyLayer
 from kvbench.corpus import document
 from kvbench.engine import batches, batches_for, run_stacks
-from kvbench.policies import FP8, H2O, KIVI, Full, KeyDiff, KVzip, Random, SnapKV, Stack, StreamingLLM
+from kvbench.policies import (
+    FP8,
+    H2O,
+    KIVI,
+    Full,
+    KeyDiff,
+    KVzip,
+    Quest,
+    Random,
+    SentenceKV,
+    SnapKV,
+    Stack,
+    StreamingLLM,
+)
 from kvbench.prompts import prepare
 from kvbench.tasks import Niah, Ppl, Recall
 from kvbench.tasks.sample import Sample
@@ -291,20 +307,20 @@ def test_a_baseline_whose_backend_is_missing_says_so(tiny, monkeypatch):
         Baseline("hf_int3")
 
 
-@pytest.mark.parametrize("record", ["cpu", "recompute"])
 @pytest.mark.parametrize("query_aware", [False, True])
-def test_where_the_record_waits_changes_nothing(tiny, device, record, query_aware):
+def test_where_the_record_waits_changes_nothing(tiny, device, query_aware):
     model, tokenizer = tiny
     model.to(device)
-    task = Recall(length=320, needles=2, count=3)
+    task = Recall(length=320, needles=2, count=2)
     stacks = [*STACKS, KVzip(budget=0.3)]  # KVzip reads all layers at once
-    usual, other = (
+    usual, *others = (
         run_stacks(model, tokenizer, task, stacks, query_aware=query_aware, batch_size=2, record=where)
-        for where in ("device", record)
+        for where in ("device", "cpu", "recompute")
     )
     model.to("cpu")
-    assert rows_of(usual) == rows_of(other)
-    assert all(run.checks == {"fired": True, "bytes_ok": True} for run in other)
+    for other in others:
+        assert rows_of(usual) == rows_of(other)
+        assert all(run.checks == {"fired": True, "bytes_ok": True} for run in other)
 
 
 @pytest.mark.parametrize(("record", "held"), [("device", 1), ("cpu", 1), ("recompute", 0)])
@@ -379,6 +395,69 @@ class Mixed:
 
     def score(self, sample, prediction):
         return 0.0
+
+
+class Uneven(Mixed):
+    """The first prompt is within a budget of 100 tokens, the others are not."""
+
+    def samples(self, tokenizer):
+        return [replace(s, context=letters * (3 if i == 0 else 20)) for i, s in enumerate(super().samples(tokenizer))]
+
+
+letters = "to be. or "
+
+
+def test_the_size_of_a_batch_does_not_decide_whether_a_policy_acts(tiny):
+    model, tokenizer = tiny
+    acting, silent = ([KeyDiff(n), Quest(n, page=8, dense_layers=0), SentenceKV(n)] for n in (100, 400))
+    for size in (1, 4):
+        runs = run_stacks(model, tokenizer, Uneven(), [*acting, *silent], batch_size=size)
+        assert [run.checks["fired"] for run in runs] == [True] * len(acting) + [False] * len(silent)
+        assert all(run.checks["bytes_ok"] for run in runs)
+
+
+def test_parts_of_a_run_are_joined():
+    run = Run()
+    run.add(
+        Run([{"sample_id": "a"}, {"sample_id": "b"}], {"fired": False, "bytes_ok": False}, seconds=1, fallbacks=["y"])
+    )
+    run.add(Run([{"sample_id": "b", "again": 1}], {"fired": True, "bytes_ok": True}, seconds=2, fallbacks=["y", "x"]))
+    assert run.rows == [{"sample_id": "a"}, {"sample_id": "b", "again": 1}]
+    assert run.checks == {"fired": True, "bytes_ok": False}
+    assert run.seconds == 3 and run.fallbacks == ["x", "y"] and not run.ended
+    run.add(Run([{"sample_id": "c"}], {"fired": False, "bytes_ok": True}))
+    assert run.checks == {"fired": True, "bytes_ok": False}
+    run.add(Run(infeasible="no room"))
+    assert run.rows == [] and run.infeasible == "no room"
+
+
+@pytest.mark.parametrize("record", ["device", "recompute"])
+def test_rows_share_the_seconds_of_their_batch(tiny, monkeypatch, record):
+    """A clock that only work moves: 32 s a prefill, 8 s a compression, 1 s a step, of which Mixed takes 8."""
+    model, tokenizer = tiny
+    clock = SimpleNamespace(now=0.0)
+
+    def taking(seconds, work):
+        def timed(*arguments, **options):
+            clock.now += seconds
+            return work(*arguments, **options)
+
+        return timed
+
+    monkeypatch.setattr(engine, "_now", lambda model: clock.now)
+    monkeypatch.setattr(answering, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(engine, "forward", taking(32, engine.forward))
+    monkeypatch.setattr(CompressedCache, "fork", taking(8, CompressedCache.fork))
+    monkeypatch.setattr(answering, "forward", taking(1, answering.forward))
+    stacks = [Full(), KeyDiff(budget=64), StreamingLLM(0.5, block=64)]
+    if hasattr(cache_utils, "Fp8QuantizedLayer"):
+        stacks.append(Stack((Baseline("hf_fp8"),)))  # each row prefills and answers alone
+    runs = run_stacks(model, tokenizer, Mixed(), stacks, batch_size=4, record=record)
+    shared = (32 + 8) / 4, 8 / 4
+    expected = [shared, shared, (32 / 4, 8 / 4), (32, 8)]
+    for run, seconds in zip(runs, expected, strict=False):
+        assert {(row["prefill_s"], row["decode_s"]) for row in run.rows} == {seconds}
+    assert [run.seconds for run in runs] == [8 + 8, 8 + 8, 32 + 8, 4 * 8][: len(runs)]
 
 
 def test_rows_of_a_batch_answer_as_alone_with_sliding_windows(tiny, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import cache_utils
 
+from kvbench import CompressedCache
 from kvbench.baselines import Baseline
 from kvbench.engine import run_stacks
 from kvbench.policies import H2O, KIVI, Full, KeyDiff, Quest, Stack, StreamingLLM
@@ -114,8 +115,6 @@ def test_stream_is_decoding(tiny):
     model, tokenizer = tiny
     task = Ppl(prefix=50, score_tokens=30, count=1, chunk=1)
     (run,) = run_stacks(model, tokenizer, task, [H2O(budget=24)])
-    from kvbench import CompressedCache
-
     (sample,) = task.samples(tokenizer)
     context, target = sample.segments(tokenizer)[0], encode(tokenizer, sample.references[0])
     cache, paid = CompressedCache(model, H2O(budget=24)), []
@@ -125,6 +124,20 @@ def test_stream_is_decoding(tiny):
             logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
             paid.append(-logits.log_softmax(-1)[following].item())
     assert run.rows[0]["nll"] == pytest.approx(sum(paid) / len(paid), abs=1e-5)
+
+
+def test_the_peak_is_the_most_held_after_any_chunk(tiny):
+    model, tokenizer = tiny
+    task, policy = Ppl(prefix=50, score_tokens=60, count=1, chunk=7), KIVI(bits=4, residual=32)
+    (run,) = run_stacks(model, tokenizer, task, [policy])
+    (sample,) = task.samples(tokenizer)
+    context, target = sample.segments(tokenizer)[0], encode(tokenizer, sample.references[0])
+    cache, fed, held = CompressedCache(model, policy), [context[-1], *target[:-1]], []
+    with torch.inference_mode():
+        for part in (context[:-1], *(fed[i : i + 7] for i in range(0, len(fed), 7))):
+            model(torch.tensor([part]), past_key_values=cache)
+            held.append(int(cache.row_nbytes()))
+    assert run.rows[0]["kv_bytes_final"] == held[-1] < max(held) == run.rows[0]["kv_bytes_peak"]
 
 
 def test_bits_per_byte(tiny):

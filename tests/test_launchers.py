@@ -15,11 +15,12 @@ import pytest
 from kvbench.results import read_cells
 
 TASK = ["task=recall", "task.length=256", "task.needles=2", "task.count=10", "batch_size=2", "memory=0.5"]
+TASK += ["++sizes.Recall.count=1"]  # what is typed wins, also in a job that runs elsewhere
 
 
-def command(out: Path, launcher: str) -> list[str]:
+def command(out: Path, *launcher: str) -> list[str]:
     kvbench = str(Path(sys.executable).with_name("kvbench"))
-    return [kvbench, "-m", f"launcher={launcher}", "evict=streaming_llm,keydiff", *TASK, f"out={out}"]
+    return [kvbench, "-m", *launcher, "evict=streaming_llm,keydiff", *TASK, f"out={out}"]
 
 
 def environment(out: Path) -> dict[str, str]:
@@ -29,6 +30,7 @@ def environment(out: Path) -> dict[str, str]:
 def stacks(out: Path) -> list[str]:
     cells, problems = read_cells(out)
     assert not problems and not [cell.reason for cell in cells if cell.status != "done"]
+    assert {len(cell.samples) for cell in cells} == {10}
     return sorted(cell.config.policy.stack for cell in cells)
 
 
@@ -39,7 +41,7 @@ ALL = ["Full()", "Full()", "KeyDiff(memory=0.5)", "StreamingLLM(memory=0.5)"]  #
 def test_joblib_runs_every_cell_once(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     out = tmp_path / "out"
-    done = subprocess.run(command(out, "joblib"), capture_output=True, text=True, env=environment(out))
+    done = subprocess.run(command(out, "launcher=joblib"), capture_output=True, text=True, env=environment(out))
     assert done.returncode == 0, done.stderr
     assert stacks(out) == ALL
     assert sum(map(int, re.findall(r"(\d+) new cells", done.stdout))) == 4
@@ -49,7 +51,7 @@ def test_a_sweep_of_two_processes_of_which_one_is_killed_resumes(tmp_path: Path)
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     out = tmp_path / "out"
     sweep = subprocess.Popen(
-        command(out, "submitit_local"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(out)
+        command(out, "launcher=submitit_local"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(out)
     )
     killed = None
     while killed is None:
@@ -63,10 +65,10 @@ def test_a_sweep_of_two_processes_of_which_one_is_killed_resumes(tmp_path: Path)
     kept = {path.stem: [json.loads(x) for x in path.read_text().splitlines()] for path in out.glob("partial/*.jsonl")}
     assert kept, "the process was killed in the middle of a cell"
 
-    again = subprocess.run(command(out, "submitit_local"), capture_output=True, text=True, env=environment(out))
+    again = subprocess.run(command(out), capture_output=True, text=True, env=environment(out))
     assert again.returncode == 0, again.stderr
     assert stacks(out) == ALL and not (out / "partial").exists()
-    logs = "".join(path.read_text() for path in out.glob(".submitit/*/*_log.out"))
+    logs = again.stdout + "".join(path.read_text() for path in out.glob(".submitit/*/*_log.out"))
     assert sum(map(int, re.findall(r"(\d+) new cells", logs))) == 4
     for cell, parts in kept.items():  # what the killed process had measured stands in the cell as it was
         rows = {r["sample_id"]: r for r in json.loads((out / "cells" / f"{cell}.json").read_text())["samples"]}

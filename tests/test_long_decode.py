@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvbench.answer import _Writer, repetition
+from kvbench import CompressedCache
+from kvbench.answer import Prefilled, _Writer, answer, forward, left_pad, repetition
 from kvbench.engine import run_stacks
-from kvbench.policies import H2O, KIVI, Full, KeyDiff, Stack, StreamingLLM
+from kvbench.policies import H2O, KIVI, RKV, Full, KeyDiff, Stack, StreamingLLM
+from kvbench.prompts import prepare
 from kvbench.tasks import Gsm8k, Math, Recite
 from kvbench.tasks.sample import Sample
 
@@ -296,6 +298,35 @@ def test_budgets_act_while_decoding(tiny):
     for one, other in zip((cut, packed), run_stacks(model, tokenizer, task, stacks[1:3], batch_size=1), strict=True):
         assert [r["prediction"] for r in one.rows] == [r["prediction"] for r in other.rows]
         assert [r["details"]["repetition"] for r in one.rows] == [r["details"]["repetition"] for r in other.rows]
+
+
+def test_bytes_are_looked_at_after_every_step(tiny):
+    """The window of a quantizer and the turns of an evictor fill and empty between the steps of a trace."""
+    model, tokenizer = tiny
+    stacks = [KIVI(bits=4, residual=32), RKV(budget=64, window=8, interval=24)]
+    each, sparse = (
+        run_stacks(model, tokenizer, Recite(period=16, rounds=1, count=1, trace=every), stacks) for every in (1, 32)
+    )
+    for one, other in zip(each, sparse, strict=True):
+        (row,), (again,) = one.rows, other.rows
+        steps, trace = row["details"]["kv_bytes_trace"], again["details"]["kv_bytes_trace"]
+        assert len(steps) == row["n_generated"] and steps[-1] == row["kv_bytes_final"] and trace == steps[::32]
+        assert row["kv_bytes_peak"] == again["kv_bytes_peak"] == max(row["kv_bytes_prefill_end"], *steps) > max(trace)
+        mean = sum(steps) / len(steps)
+        assert row["details"]["kv_bytes_mean"] == again["details"]["kv_bytes_mean"] == mean
+
+
+def test_what_is_held_before_the_answer_counts_for_the_peak(tiny):
+    model, tokenizer = tiny
+    (prompt,) = prepare(Recite(period=16, rounds=1, count=1), tokenizer, False, None)
+    ids, mask = left_pad([prompt.prefix], model.device)
+    for most in (1, 10**9):
+        cache = CompressedCache(model, Full())
+        with torch.inference_mode():
+            forward(model, cache, ids, mask, 1)
+            prefilled = Prefilled([most], [most], [1.0], 0.0, 0.0)
+            (row,) = answer(model, tokenizer, Recite(), cache, mask, [prompt], prefilled).rows
+        assert row["kv_bytes_peak"] == max(most, row["kv_bytes_final"])
 
 
 def test_gsm8k_runs_end_to_end(tiny, problems):

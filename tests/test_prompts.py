@@ -11,11 +11,13 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from kvbench import prompts
+from kvbench.identity import identity
 from kvbench.prompts import Prompt, cache_folder, needle_tokens, prepare
 from kvbench.tasks import (
+    FidelityOf,
     Gsm8k,
     LongBench,
     LongBenchV2,
@@ -175,6 +177,25 @@ def test_results_note_the_file_that_was_read(tokenizer, tmp_path):
         assert prompt.sample.meta["data"] == expected
     (prompt,) = prepare(Recall(length=300, needles=2, count=1), tokenizer, False, None)
     assert "data" not in prompt.sample.meta
+
+
+def test_what_is_cut_off_is_noted_of_every_task(tokenizer, tmp_path, monkeypatch):
+    """0 where nothing is ever cut; what a task says itself stands; the prompt is none other for the note."""
+    pytest.importorskip("lm_eval", reason="prompts come with kvbench[longbench]")
+    rows = {"source": "file", "path": "pkg://assets/smoke/longbench", "count": 1}
+    fits, cut = (LongBench("hotpotqa", max_length=length, **rows) for length in (9000, 700))
+    whole = (Recall(length=300, needles=2, count=1), Ppl(60, 20, count=1), FidelityOf(Recall(300, 2, 1)), fits)
+    for folder in (None, tmp_path, tmp_path):
+        for task in whole:
+            (prompt,) = prepare(task, tokenizer, False, None, folder)
+            assert prompt.sample.meta["truncated_tokens"] == 0, task.name
+        (prompt,) = prepare(cut, tokenizer, False, None, folder)
+        assert prompt.sample.meta["truncated_tokens"] > 0
+    (prompt,) = prepare(whole[0], tokenizer, False, None)
+    monkeypatch.setattr(prompts, "_is_ours", lambda task: False)
+    (unknown,) = prepare(whole[0], tokenizer, False, None)
+    assert "truncated_tokens" not in unknown.sample.meta, "what other tasks cut is not known"
+    assert identity([prompt], "owner/name", PreTrainedConfig()) == identity([unknown], "owner/name", PreTrainedConfig())
 
 
 def test_tasks_from_elsewhere_are_not_kept(tokenizer, tmp_path):

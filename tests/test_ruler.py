@@ -524,7 +524,7 @@ def test_missing_files_are_named(subtask, what, tokenizer, tmp_path, monkeypatch
 
 
 def test_without_lm_eval_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(prompts, "find_spec", lambda name: None)
+    monkeypatch.setattr("kvbench.tasks.official.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"lm-eval >= 0.4.13: pip install 'kvbench\[lm-eval\]'"):
         prompts._tree("niah_utils")
 

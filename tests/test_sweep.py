@@ -1,6 +1,7 @@
 """The command line from end to end on a tiny model: cells, resume, equal bytes, bad input."""
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from kvbench import sweep
@@ -65,7 +67,12 @@ def test_sweep_at_equal_bytes_resumes_and_reports_what_cannot_be_met(kvbench, tm
     assert len(cells) == len(by_stack) == 3 + 8
     infeasible = [c for c in cells if c.status == "infeasible"]
     assert len(infeasible) == 4 and all("use a larger memory=" in c.reason for c in infeasible)
-    assert "infeasible: recall" in output
+    tell = "infeasible: recall H2O(memory=0.002): 0.002 of the full cache"
+    assert output.count(tell) == 1 and output.count("infeasible: ") == 4
+    assert re.search(r"^recall × 10 stacks: \d+\.\d s; group 1 of 2$", output, re.M), (
+        "a line where there is no terminal"
+    )
+    assert output.index("\nrecall × 1 stacks: ") < output.index(" new cells")
     for cell in cells:
         if cell.status == "done" and cell.config.policy.memory:
             held, full = (sum(getattr(s, k) for s in cell.samples) for k in ("kv_bytes_prefill_end", "kv_bytes_full"))
@@ -78,6 +85,10 @@ def test_sweep_at_equal_bytes_resumes_and_reports_what_cannot_be_met(kvbench, tm
     truncated.write_text(truncated.read_text()[:50])
     code, output = kvbench(*sweep)
     assert code == 0 and "9 of 11 cells are already there" in output
+    assert output.count("infeasible: ") == 4, "named again, whether stored or new"
+    listed = kvbench(*sweep, "dry_run=true")[1]
+    assert re.search(r"^infeasible  recall H2O\(memory=0\.002\): 0\.002 of the full cache", listed, re.M)
+    assert listed.count("there       ") == 7 and "11 cells: 11 there, 0 to run" in listed
     assert len(read_cells(tmp_path / "runs")[0]) == 11
     assert all(p.stat().st_mtime_ns == written[p] for p in written if p not in (removed, truncated))
     assert not (tmp_path / "runs" / "partial").exists()
@@ -102,7 +113,7 @@ def test_a_failing_stack_is_a_failed_cell_and_tried_again(kvbench, tmp_path, mon
     code, output = kvbench(*command, "batch_tokens=400")
     assert code and "Traceback" not in output
     reason = "KeyDiff(budget=64): OutOfMemoryError: CUDA out of memory. Tried"
-    assert f"failed: recall: {reason}" in output
+    assert f"failed: recall {reason}" in output
     assert re.search(
         r"^kvbench: cells failed: 1 \(recall KeyDiff\(budget=64\)\); tracebacks are in runs/failed", output, re.M
     )
@@ -209,11 +220,11 @@ def test_only_what_is_known_then_and_now_can_differ():
 
 
 def test_batches_after_a_torn_line_are_kept(tmp_path):
-    path, now = tmp_path / "x.jsonl", Identity("prompts", "model")
+    path, now = tmp_path / "x.jsonl", {"prompts_sha256": "p", "device": "a GPU", "versions": {"torch": "2.13"}}
 
-    def line(sample, identity=now):
+    def line(sample, **other):
         run = Run(rows=[{"sample_id": sample}])
-        return json.dumps({**dataclasses.asdict(run), "identity": dataclasses.asdict(identity)}) + "\n"
+        return json.dumps({**dataclasses.asdict(run), "ran_on": now | other}) + "\n"
 
     def ids():
         return [run.rows[0]["sample_id"] for run in sweep._finished(path, now)]
@@ -226,8 +237,9 @@ def test_batches_after_a_torn_line_are_kept(tmp_path):
     assert ids() == ["a", "b"]
     path.write_text(line("a") + line("b")[:40] + line("c") + line("d"))  # as it was left earlier
     assert ids() == ["a", "d"]
-    path.write_text(line("a", Identity("others", "model")) + line("b", Identity("prompts", "another")) + line("c"))
-    assert ids() == ["c"]
+    others = [line("a", prompts_sha256="q"), line("b", device="another"), line("c", versions={"torch": "2.12"})]
+    path.write_text("".join(others) + line("d"))
+    assert ids() == ["d"], "a cell is of one machine"
 
 
 def test_the_second_run_of_the_full_cache_differs_for_prompts_that_run_alone(kvbench, tmp_path, monkeypatch):
@@ -264,6 +276,75 @@ def test_a_dry_run_lists_the_cells_and_runs_nothing(kvbench, tmp_path, monkeypat
     assert sorted(p for p in (tmp_path / "runs").rglob("*") if p.name != "multirun.yaml") == before
     code, output = kvbench("task=recall", "evict=keydiff", *common, "dry_run=true")
     assert code == 0 and "3 cells: 2 there, 1 to run; groups that share prefills: 1" in output
+
+
+def test_what_is_typed_wins_over_sizes(kvbench, tmp_path):
+    sizes = "+sizes.Recall={length:320,needles:2,count:3,name:sized}"
+    for typed in (["task.count=1"], ["++task.count=2", "+task.name=typed"], ["batch_size=4"]):
+        code, output = kvbench("task=recall", "evict=full", *typed, sizes, "noise_floor=false", "out=runs")
+        assert code == 0, output
+    tasks = [cell.config.task for cell in read_cells(tmp_path / "runs")[0]]
+    assert {(t.count, t.needles, t.name) for t in tasks} == {(1, 2, "sized"), (2, 2, "typed"), (3, 2, "sized")}
+
+
+def test_a_field_of_all_tasks_of_a_sweep_need_not_be_one_of_the_default(kvbench, tmp_path):
+    code, output = kvbench("-m", "task=gsm8k,aime24", "task.source=file", f"task.path={tmp_path}", "dry_run=true")
+    assert code and "no prompts  gsm8k Full()" in output and "no prompts  aime24 Full()" in output, output
+    code, output = kvbench("-m", "task=gsm8k,recall", "task.source=file", "dry_run=true")
+    assert code and re.search(
+        r"^kvbench: task\.source: task=recall \(Recall\) has no field source; there are length, .*"
+        r"\(\+\+sizes\.<Class>\.source= sets it for a class that has it: .*Gsm8k, LongBench, .*\)\n$",
+        output,
+    ), output
+
+
+def test_plans_of_one_task_are_told_apart(kvbench, tmp_path):
+    common = ["evict=keydiff", "budget=64", "noise_floor=false", "dry_run=true", "out=runs"]
+    lengths = [a for a in SMALL if "length" not in a]
+    code, output = kvbench("-m", "task.length=320,5000", "seed=0,1", *common, *lengths)
+    assert code
+    for line in (
+        "to run      recall task.length=320 seed=0 KeyDiff(budget=64)\n",
+        "to run      recall task.length=320 seed=1 Full()\n",
+        "no prompts  recall task.length=5000 seed=1 KeyDiff(budget=64)\n",
+    ):
+        assert line in output, output
+    assert "tasks skipped: 2\n  recall task.length=5000 seed=0: " in output
+    assert "\n  recall task.length=5000 seed=1: " in output
+    code, output = kvbench("-m", "task.seed=4,5", "query_aware=false,true", *common, *SMALL)
+    assert code == 0 and "to run      recall task.seed=4 query_aware=True KeyDiff(budget=64)\n" in output, output
+    assert "to run      recall KeyDiff(budget=64)\n" in kvbench("seed=1", *common, *SMALL)[1]
+
+
+def test_every_reason_is_given_when_no_task_can_be_had(kvbench, tmp_path):
+    data = ["task.source=file", f"task.path={tmp_path}"]
+    code, output = kvbench("-m", "task=gsm8k,aime24", *data, "noise_floor=false", "out=none")
+    assert code and re.search(r"tasks skipped: 2\n  gsm8k: .+\n  aime24: .+\n", output), output
+    code, output = kvbench("task=gsm8k", *data, "noise_floor=false", "out=none")
+    assert code and re.search(r"^kvbench: gsm8k: no ", output, re.M), output
+
+
+def test_a_dry_run_says_what_it_prepares_as_it_does(kvbench, monkeypatch):
+    said, prepare = [], sweep.prepare
+    monkeypatch.setattr(sweep.Display, "say", lambda self, line: said.append(line))
+    monkeypatch.setattr(sweep, "prepare", lambda task, *rest: said.append(f"made {task.name}") or prepare(task, *rest))
+    sizes = ["+sizes.Niah={lengths:[300],repeats:1}", "+sizes.Recall={length:320,needles:2,count:2}"]
+    code, output = kvbench("-m", "task=recall,niah", "evict=full", *sizes, "dry_run=true")
+    assert code == 0 and said == ["prompts of recall", "made recall", "prompts of niah", "made niah"], output
+
+
+def test_a_terminal_has_a_bar_and_lines_that_stay(monkeypatch):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr("kvbench.display.get_console", lambda: console)
+    with sweep.Display() as display:
+        display.step("recall × 2 stacks", 2)
+        display.log("only in a log")
+        display.say("failed: recall H2O: [what] 1 " + "long " * 30)
+        display.advance(2)
+    shown = screen.getvalue()
+    assert "only in a log" not in shown and "failed: recall H2O: [what] 1 " + "long " * 30 in shown
+    assert re.search(r"recall × 2 stacks .*2/2", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown))
 
 
 def test_prompts_are_built_once(kvbench, tmp_path, monkeypatch):
@@ -341,7 +422,7 @@ def test_presets_name_tasks_and_fields_that_exist(preset):
     used = set()
     for name in config.hydra.sweeper.params.task.replace(" ", "").split(","):
         with initialize_config_module("kvbench.conf", version_base="1.3"):
-            task = compose("config", [f"task={name}", f"preset={preset}"]).task
+            task = compose(f"task/{name}").task
         kind = task._target_.rpartition(".")[2]
         sizes = {k: v for k, v in config.sizes.get(kind, {}).items() if v != "${ruler_length}"}
         assert instantiate(task, **sizes) is not None
@@ -390,6 +471,21 @@ def test_a_model_is_loaded_as_asked_and_its_commit_noted(kvbench, tmp_path, monk
         (["evict=h2o", "budget=1.5"], "above 0 and at most 1; write tokens as an int"),
         (["evict=h2o", "budget=-3"], "too small"),
         (["evict=h2o"], "needs one of memory="),
+        (["evict=h2o", "memory=0.5", "budget=64"], "^kvbench: evict=h2o takes only one of memory= .* or budget="),
+        (["evict=h2o", "budget=64", "evict.recen=0.5"], r"unexpected keyword argument 'recen'"),
+        (["memmory=0.25"], r"^kvbench: there is no option memmory: did you mean memory\?\n$"),
+        (["+memmory=0.25"], r"^kvbench: there is no option memmory: did you mean memory\?\n$"),
+        (["memory.x=1"], r"^kvbench: there is no option memory\.x\n$"),
+        (["++prest=smoke"], r"^kvbench: there is no option prest: did you mean preset"),
+        (["wandb.mod=online"], r"^kvbench: there is no option wandb\.mod: did you mean mode\?\n$"),
+        (
+            ["++sizes.Recal.length=256"],
+            r"^kvbench: sizes\.Recal: there is no class of tasks Recal: did you mean Recall",
+        ),
+        (["+sizes={Nia:{repeats:1}}"], r"^kvbench: sizes\.Nia: .*did you mean Niah\?"),
+        (["sizes.Recall.lenth=256"], r"^kvbench: sizes\.Recall\.lenth: .*\(Recall\) .*did you mean length\?\n$"),
+        (["task.lenth=256"], r"^kvbench: task\.lenth: task=recall \(Recall\) has no .*did you mean length\?\n$"),
+        (["evict=h2o,snapkv", "memory=0.5"], "^kvbench: Ambiguous value .*add --multirun to your command line\n$"),
         (["evict=streaming_llm", "budget=3"], "at least 4"),
         (["quant=kivi4", "quant.bits=3"], "2 or 4|2, 4"),
         (["quant=kivi4", "quant.group_size=24", "quant.residual=24"], "head_dim"),
@@ -409,6 +505,19 @@ def test_bad_input_gets_one_clear_line(kvbench, arguments, message):
     assert code != 0
     assert "Traceback" not in output
     assert re.search(message, output), output
+
+
+def test_a_model_of_the_hub_is_named(kvbench):
+    code, output = kvbench("model=hub", "task=recall", "dry_run=true", model=False)
+    assert code and output == "kvbench: model=hub needs model.path=OWNER/NAME (on the Hub) or model.path=FOLDER\n"
+
+
+def test_options_of_a_preset_and_of_other_configs_are_known(kvbench, tmp_path):
+    common = ["evict=full", "noise_floor=false", "dry_run=true", "out=runs", *SMALL]
+    code, output = kvbench("-m", "preset=paper", "task=recall", "++ruler_length=512", *common)
+    assert code == 0, output
+    code, output = kvbench("--config-dir", str(tmp_path), "+own=1", "+sizes.Own.length=${own}", *common)
+    assert code == 0, output
 
 
 def test_help_lists_the_choices(kvbench):

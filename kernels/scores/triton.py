@@ -48,7 +48,8 @@ def column_sums(
 ) -> Tensor:
     """See `kvbench.kernels.attention.column_sums`: [B, H, S] float32.
 
-    lse [B, Hq, T] float32: what `log_sum_exp` gives, if the attention before has it. blocks: queries, keys at a time.
+    lse [B, Hq, T] float32, base e: the log-sum-exp of each query, if the attention before has it. blocks: queries, keys
+        at a time.
     """
     seen = _Seen(query, keys, query_position, key_position, query_valid, allowed, recent, blocks)
     options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
@@ -62,24 +63,6 @@ def column_sums(
                 **_shape(query, keys, seen, **options), num_warps=seen.warps, num_stages=2, enable_fp_fusion=True,
             )  # fmt: skip
     return total
-
-
-def log_sum_exp(
-    query: Tensor,
-    keys: Tensor,
-    query_position: Tensor,
-    key_position: Tensor,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    allowed: Tensor | None = None,
-    recent: int | Tensor = 0,
-    blocks: tuple[int, int] | None = None,
-) -> Tensor:
-    """[B, Hq, T] float32, base e; -inf where a query sees nothing."""
-    seen = _Seen(query, keys, query_position, key_position, None, allowed, recent, blocks)
-    return _log_sum_exp(query, keys, seen, scaling=scaling, softcap=softcap, sinks=sinks)
 
 
 def key_norms(keys: Tensor) -> Tensor:
@@ -175,6 +158,7 @@ class _Seen:
 
 
 def _log_sum_exp(query: Tensor, keys: Tensor, seen: _Seen, **options: Any) -> Tensor:
+    """[B, Hq, T] float32, base e; -inf where a query sees nothing."""
     batch, query_heads, tokens, _ = query.shape
     lse = query.new_empty((batch, query_heads, tokens), dtype=torch.float32)
     sinks = options["sinks"]

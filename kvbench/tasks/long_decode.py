@@ -7,8 +7,9 @@ Math    competition problems whose answer stands in \\boxed{}: MATH-500 (Hendryc
 Recite  random words to be written again and again: what a small model can do for a thousand tokens
 
 Budgets are best given in tokens: a share refers to the prompt, which is short. Every row notes whether the answer was
-truncated, and in its details the share of repeated 4-grams (`repetition`: damaged models ramble), bytes held after
-every `trace` tokens (`kv_bytes_trace`) and their mean; peak bytes stand in the row.
+truncated, and in its details the share of repeated 4-grams (`repetition`: damaged models ramble), the mean of the bytes
+held over all steps of decoding (`kv_bytes_mean`), and the bytes after every `trace` tokens (`kv_bytes_trace`); peak
+bytes stand in the row. In older results mean and peak, too, are those of every `trace` tokens and of the end.
 
 Deviations from lm-evaluation-harness: `fixed_shots`: gsm8k's examples are the first of the training set, not drawn anew
 for each problem, so that all prompts share them (gsm8k_cot has fixed ones anyway). `segments`: the examples are the
@@ -19,16 +20,16 @@ next question, also stand in the reasoning of a chat model.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
+from importlib.util import module_from_spec, spec_from_file_location
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvbench.corpus import rng_for, words
 from kvbench.tasks.chat import wants_chat
+from kvbench.tasks.official import lm_eval_file, lm_eval_path
 from kvbench.tasks.sample import Sample, bos, check, encode
 from kvbench.tasks.source import Hub, load
 
@@ -304,16 +305,6 @@ def _rows(task: Gsm8k | Math, benchmark: str, split: str, remote: Hub) -> list[d
 # -- what lm-evaluation-harness knows --------------------------------------------------------------------------------
 
 
-def _lm_eval_file(name: str) -> Path:
-    spec = importlib.util.find_spec("lm_eval")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (file := Path(folder) / "tasks" / name).is_file():
-            return file
-    raise ValueError(
-        f"prompts and grading are read from lm-eval >= 0.4.13 (tasks/{name}): pip install 'kvbench[lm-eval]'"
-    )
-
-
 @cache
 def _lm_eval_settings(name: str) -> dict[str, Any]:
     """A task's YAML file, without the functions that it names."""
@@ -323,16 +314,16 @@ def _lm_eval_settings(name: str) -> dict[str, Any]:
         pass
 
     Loader.add_constructor("!function", lambda loader, node: None)
-    settings: dict[str, Any] = yaml.load(_lm_eval_file(name).read_text(encoding="utf-8"), Loader)
+    settings: dict[str, Any] = yaml.load(lm_eval_file(name), Loader)
     return settings
 
 
 @cache
 def _lm_eval_module(name: str) -> dict[str, Any]:
     """The functions of a file of a task, without importing the package, which takes long."""
-    spec = importlib.util.spec_from_file_location("kvbench_lm_eval_" + re.sub(r"\W", "_", name), _lm_eval_file(name))
+    spec = spec_from_file_location("kvbench_lm_eval_" + re.sub(r"\W", "_", name), lm_eval_path(name))
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return vars(module)
 

@@ -19,15 +19,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvbench.tasks import longbench_metrics as metrics
 from kvbench.tasks.chat import MODES, wants_chat
+from kvbench.tasks.official import lm_eval_file
 from kvbench.tasks.sample import Sample, check, encode
 from kvbench.tasks.source import Hub, check_source, load
 
@@ -62,15 +61,12 @@ E_SUBTASKS = tuple(
     "qasper multifieldqa_en hotpotqa 2wikimqa gov_report multi_news trec triviaqa samsum passage_count "
     "passage_retrieval_en lcc repobench-p".split()
 )
-# The tasks whose unweighted mean papers on KV caches report.
+# The tasks whose unweighted mean papers on KV caches report. passage_count is near zero for most models and adds noise,
+# so papers also give the mean of the other 15.
 KV_SUBTASKS = tuple(
     "narrativeqa qasper multifieldqa_en hotpotqa 2wikimqa musique gov_report qmsum multi_news trec triviaqa samsum "
     "passage_count passage_retrieval_en lcc repobench-p".split()
 )
-# The same by the names of the tasks; passage_count is near zero for most models and adds noise, so papers also give the
-# mean of the other 15.
-HEADLINE = tuple(f"longbench_{subtask}" for subtask in KV_SUBTASKS)
-HEADLINE_15 = tuple(name for name in HEADLINE if name != "longbench_passage_count")
 FEW_SHOT = ("trec", "triviaqa", "samsum", "lsht")  # only the first line of an answer counts
 NO_CHAT = (*FEW_SHOT, "lcc", "repobench-p")
 LENGTH_BUCKETS = ("0-4k", "4-8k", "8k+")
@@ -208,14 +204,6 @@ def official_prompt(subtask: str) -> tuple[str, int]:
     return prompt, int(config["generation_kwargs"]["max_gen_toks"])
 
 
-def lm_eval_file(*parts: str) -> str:
-    """A file of lm-eval's tasks; importing the package would take seconds."""
-    spec = find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError("LongBench's prompts come with the package lm-eval: pip install 'kvbench[longbench]'")
-    return Path(spec.submodule_search_locations[0], "tasks", *parts).read_text(encoding="utf-8")
-
-
 def split(template: str, context: str, question: str, style: str) -> tuple[str, str, str]:
     """Context, query and answer prefix; the prefix is the cue in the last line, such as "Answer:"."""
     before, after = template.split("{context}")
@@ -304,26 +292,3 @@ def digest(text: str) -> str:
 def length_bucket(length: int) -> str:
     """The bin of LongBench-E, by the row's length in words, or Chinese characters."""
     return LENGTH_BUCKETS[0 if length < 4000 else 1 if length < 8000 else 2]
-
-
-def task_score(scores: Iterable[float]) -> float | None:
-    """100 × mean, to two decimals, as the official tables have it; None ("n/a") without scores."""
-    scores = list(scores)
-    return round(100 * sum(scores) / len(scores), 2) if scores else None
-
-
-def scores_by_length(rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The task score in each bin of LongBench-E, from result rows."""
-    rows = list(rows)
-    return {b: task_score(r["score"] for r in rows if r["meta"]["length_bucket"] == b) for b in LENGTH_BUCKETS}
-
-
-def headline(task_scores: Mapping[str, float], subtasks: Sequence[str] = KV_SUBTASKS) -> float:
-    """The unweighted mean of task scores, by default that of the 16 tasks; print the list beside it.
-
-    passage_count is near zero for most models and adds noise: also report the mean of the other 15.
-    """
-    missing = [subtask for subtask in subtasks if subtask not in task_scores]
-    if missing:
-        raise ValueError(f"no score of {', '.join(missing)}: name the subtasks that were run")
-    return round(sum(task_scores[subtask] for subtask in subtasks) / len(subtasks), 2)

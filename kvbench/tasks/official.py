@@ -1,6 +1,7 @@
 """Prompts that stand only in the code of a benchmark: read from the official file, which is parsed and never run.
 
 The file is looked for like data (`kvbench.tasks.source`), or fetched at a pinned commit, and refused if it is another.
+What the installed package lm-eval has of a benchmark is read from its files (`lm_eval_file`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import ast
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from kvbench.tasks.source import Url, load
@@ -34,6 +37,21 @@ class OfficialFile:
         if not hashlib.sha256(row["text"].encode()).hexdigest().startswith(self.digest):
             raise ValueError(f"{self.benchmark}: {self.name} is not the official file, which is at {remote}")
         return ast.parse(row["text"])
+
+
+def lm_eval_file(*parts: str) -> str:
+    """The text of a file of lm-eval's tasks."""
+    return lm_eval_path(*parts).read_text(encoding="utf-8")
+
+
+def lm_eval_path(*parts: str) -> Path:
+    """Where a file of lm-eval's tasks is; importing the package would take seconds, and start downloads."""
+    spec = find_spec("lm_eval")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (file := Path(folder, "tasks", *parts)).is_file():
+            return file
+    name = "/".join(parts)
+    raise ValueError(f"tasks/{name} is read from lm-eval >= 0.4.13: pip install 'kvbench[lm-eval]'")
 
 
 def value_of(module: ast.Module, name: str) -> Any:

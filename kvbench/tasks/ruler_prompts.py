@@ -12,9 +12,8 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
+from kvbench.tasks.official import lm_eval_file
 from kvbench.tasks.sample import ANSWER_PREFIX, NOTE, QUERY
 
 
@@ -69,12 +68,7 @@ def document() -> str:
 
 
 def _tree(module: str) -> ast.AST:
-    spec = find_spec("lm_eval")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        file = Path(folder) / "tasks" / "ruler" / f"{module}.py"
-        if file.is_file():
-            return ast.parse(file.read_text(encoding="utf-8"))
-    raise ValueError("RULER's prompt templates are read from lm-eval >= 0.4.13: pip install 'kvbench[lm-eval]'")
+    return ast.parse(lm_eval_file("ruler", f"{module}.py"))
 
 
 @cache
