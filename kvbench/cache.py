@@ -1101,19 +1101,24 @@ def _watch(model: PreTrainedModel, cache: CompressedCache) -> None:
     def given(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(names, args, strict=False)) | kwargs
 
+    # A cache may die while PyTorch goes through the hooks of a forward. It then calls these once more, but has forgotten
+    # that they take keyword arguments: hence the defaults.
+
     @_uncompiled
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        fed, arguments = watched(), given(args, kwargs)
-        if fed is not None and id(fed) == id(arguments.get("past_key_values")):
+    def before(module: nn.Module, args: tuple, kwargs: Any = None) -> None:
+        if (fed := watched()) is None:
+            return
+        arguments = given(args, kwargs)
+        if id(fed) == id(arguments.get("past_key_values")):
             fed.before_forward(arguments.get("input_ids"), arguments.get("attention_mask"))
 
     @_uncompiled
-    def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        fed = watched()
-        if fed is not None and id(fed) == id(given(args, kwargs).get("past_key_values")):
-            if not hasattr(output, "logits"):
-                raise ValueError(f"{fed.policy} needs to see the logits: leave return_dict=False out")
-            fed.after_forward(output.logits)
+    def after(module: nn.Module, args: tuple, kwargs: Any, output: Any = None) -> None:
+        if (fed := watched()) is None or id(fed) != id(given(args, kwargs).get("past_key_values")):
+            return
+        if not hasattr(output, "logits"):
+            raise ValueError(f"{fed.policy} needs to see the logits: leave return_dict=False out")
+        fed.after_forward(output.logits)
 
     for handle in (
         model.register_forward_pre_hook(before, with_kwargs=True),

@@ -422,7 +422,7 @@ def test_presets_name_tasks_and_fields_that_exist(preset):
     used = set()
     for name in config.hydra.sweeper.params.task.replace(" ", "").split(","):
         with initialize_config_module("kvbench.conf", version_base="1.3"):
-            task = compose(f"task/{name}").task
+            task = OmegaConf.merge({"seed": 0}, OmegaConf.to_container(compose(f"task/{name}"))).task
         kind = task._target_.rpartition(".")[2]
         sizes = {k: v for k, v in config.sizes.get(kind, {}).items() if v != "${ruler_length}"}
         assert instantiate(task, **sizes) is not None

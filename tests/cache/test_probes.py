@@ -1,6 +1,7 @@
 """Probes against a model that reads the same tokens for good; the cache that is probed does not notice."""
 
 import copy
+import gc
 import json
 import math
 from types import SimpleNamespace
@@ -391,3 +392,20 @@ def test_a_budget_for_everything_changes_nothing(build, tiny, do):
         fed = token.expand(2, 1)
         assert torch.equal(do.feed(model, full, fed, mask), do.feed(model, cache, fed, mask))
     assert all("position" not in layer.kv.columns for layer in cache.policy_layers())
+
+
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
+def test_a_cache_may_die_while_another_is_fed(register, tiny, do):
+    """PyTorch then calls the hooks of the dead one without keyword arguments."""
+    model, policy = tiny(), LAQ(12, draft_window=4)
+    caches = []
+
+    def kill(*args):
+        del caches[1:]
+        gc.collect()
+
+    handle = getattr(model, register)(kill)  # comes before those of the caches
+    caches += [CompressedCache(model, policy) for _ in range(3)]
+    do.feed(model, caches[0], do.left_padded(20)[0])
+    handle.remove()
+    assert len(caches) == 1 and caches[0].kept(0).shape[2] == 12
