@@ -1101,8 +1101,8 @@ def _watch(model: PreTrainedModel, cache: CompressedCache) -> None:
     def given(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(names, args, strict=False)) | kwargs
 
-    # A cache may die while PyTorch goes through the hooks of a forward. It then calls these once more, but has forgotten
-    # that they take keyword arguments: hence the defaults.
+    # A cache may die while PyTorch goes through the hooks of a forward, which then calls these once more, but has
+    # forgotten that they take keyword arguments: hence the defaults.
 
     @_uncompiled
     def before(module: nn.Module, args: tuple, kwargs: Any = None) -> None:
