@@ -52,6 +52,10 @@ def main() -> None:
         sys.exit(f"kvbench: {problem}")
     if "dry_run=true" in arguments:  # needs no other process
         arguments = [a for a in arguments if not a.startswith("launcher=")]
+    typed = {name.lstrip("+") for name, equals, _ in (a.partition("=") for a in arguments) if equals}
+    if "preset" in typed and len(budgets := typed & {"memory", "budget"}) == 1:  # instead of what the preset has
+        (other,) = {"memory", "budget"} - budgets
+        arguments = [*arguments, f"{other}=null"]
     # Hydra would look for these fields in the default choices, also where a sweep is over others. Those there are none
     # of are refused where task and policies are made.
     sys.argv = [sys.argv[0], *(f"++{a}" if re.match("(task|evict|quant|sizes)[.]", a) else a for a in arguments)]

@@ -324,6 +324,13 @@ def test_every_reason_is_given_when_no_task_can_be_had(kvbench, tmp_path):
     assert code and re.search(r"^kvbench: gsm8k: no ", output, re.M), output
 
 
+def test_a_budget_that_is_typed_takes_the_place_of_the_presets(kvbench):
+    common = ["preset=smoke", "task=recall", "evict=keydiff", "quant=none", "noise_floor=false", "dry_run=true"]
+    for typed, stack in ((["budget=64"], "budget=64"), (["memory=0.5"], "memory=0.5"), ([], "memory=0.25")):
+        code, output = kvbench("-m", *common, *typed)
+        assert code == 0 and f"recall KeyDiff({stack})" in output and "2 cells" in output, output
+
+
 def test_a_dry_run_says_what_it_prepares_as_it_does(kvbench, monkeypatch):
     said, prepare = [], sweep.prepare
     monkeypatch.setattr(sweep.Display, "say", lambda self, line: said.append(line))
