@@ -154,8 +154,10 @@ def application() -> None:
 
 @contextmanager
 def _composed_once() -> Iterator[None]:
-    """Hydra composes all configs of a sweep to see whether it can, and once more to launch them, which takes most of a
-    dry run's time. Its own launcher, which only collects them here, needs no such check."""
+    """Hydra composes all configs of a sweep to see whether it can, and again to launch them: spares the first time.
+
+    Its own launcher, which only collects them here, needs no such check.
+    """
     hydras: Any = Sweeper
     usual = hydras.validate_batch_is_legal
 
